@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the three LM-head ops share: argument checks, compaction of inactive tokens, and chunks.
+
+The head runs over chunks of tokens whose logits fit in `chunk_bytes`; each chunk's logits live in
+one buffer that the row kernels read, and in the losses overwrite with the gradient. No tensor of
+size tokens x vocabulary ever exists.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klq_kernels import _checks as check
+
+DEFAULT_CHUNK_BYTES = 512 << 20
+
+
+def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    """Under autocast hidden, weight and bias are cast as F.linear casts them; else they must agree."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{op}: {name} is {x.dtype} but hidden is {hidden.dtype}; cast one of them or run "
+                "under torch.autocast"
+            )
+    return hidden, weight, bias
+
+
+def inputs(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    num_active: int | None,
+    chunk_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+    **others: Tensor | None,
+) -> Tensor | None:
+    """Checks shared by the linear ops; returns `mask` as bool."""
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        check.floating(op, name, x)
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{op}: hidden must be [..., D] and weight [V, D], got {check.shape_of(hidden)} and "
+            f"{check.shape_of(weight)}"
+        )
+    if weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight must be [V, D] with V >= 1, got {check.shape_of(weight)}")
+    if bias is not None:
+        check.floating(op, "bias", bias)
+        check.has_shape(op, "bias", bias, weight.shape[:1], "weight without D")
+    check.actions(op, actions, hidden.shape[:-1], "hidden without D")
+    use = check.mask(op, mask, actions.shape, "actions")
+    for name, n, low in (("num_active", num_active, 0), ("chunk_bytes", chunk_bytes, 1)):
+        if n is not None and (isinstance(n, (bool, Tensor)) or int(n) != n or n < low):
+            raise ValueError(f"{op}: {name} must be an integer >= {low}, got {n!r}")
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise TypeError(
+            f"{op}: logits_dtype must be None, torch.float32 or hidden's {hidden.dtype}, "
+            f"got {logits_dtype}"
+        )
+    check.same_device(
+        op, hidden.device, weight=weight, bias=bias, actions=actions, mask=mask, **others
+    )
+    return use
+
+
+class Rows(NamedTuple):
+    """The tokens that meet the head: all of them, or `num_active` compacted ones."""
+
+    index: Tensor | None  # [n] positions, N where a slot is spare; None = all, in order
+    mask: Tensor | None  # [n] active slots
+    too_few: Tensor | None  # 0-d bool: `num_active` was smaller than the number of active tokens
+
+    def take(self, x: Tensor | None) -> Tensor | None:
+        """The rows of `x` [N, ...] that meet the head; spare slots repeat the last row."""
+        if x is None or self.index is None:
+            return x
+        return x.index_select(0, self.index.clamp(max=x.shape[0] - 1))
+
+    def put(self, x: Tensor, tokens: int) -> Tensor:
+        """The inverse of `take`: [N, ...], 0 where no row was taken."""
+        if self.index is None:
+            return x
+        out = x.new_zeros((tokens + 1, *x.shape[1:]))
+        return out.index_copy_(0, self.index, x)[:tokens]
+
+    def poison(self, x: Tensor) -> Tensor:
+        """NaN when `num_active` was too small: never a partial result."""
+        return x if self.too_few is None else torch.where(self.too_few, torch.nan, x)
+
+
+def compact(mask: Tensor | None, tokens: int, num_active: int | None, device) -> Rows:
+    """Positions of the active tokens without a synchronisation, when their number is given."""
+    if num_active is None or tokens == 0:
+        return Rows(None, mask, None)
+    if mask is None:
+        few = torch.full((), num_active < tokens, device=device)
+        return Rows(None, None, few)
+    count = mask.sum()
+    index = torch.nonzero_static(mask, size=num_active, fill_value=tokens).squeeze(-1)
+    return Rows(index, index < tokens, count > num_active)
+
+
+def chunks(rows: int, vocabulary: int, itemsize: int, chunk_bytes: int | None) -> Iterator[slice]:
+    """Slices of at most chunk_bytes of logits, of nearly equal length."""
+    fit = max(1, (chunk_bytes or DEFAULT_CHUNK_BYTES) // (vocabulary * itemsize))
+    count = max(1, -(-rows // fit))
+    size = max(1, -(-rows // count))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    logits_dtype: torch.dtype | None,
+) -> Tensor:
+    """Logits of one chunk; inactive hidden rows are selected to 0 before they meet the weight."""
+    if mask is not None:
+        hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+    if logits_dtype == torch.float32 and hidden.dtype != torch.float32:
+        hidden, weight = hidden.float(), weight.float()
+    logits = hidden @ weight.T
+    return logits if bias is None else logits.add_(bias.to(logits.dtype))
+
+
+def accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sum over chunks in float32 (float64 for float64); the first chunk needs no read."""
+    part = part.to(check.wide(part))
+    return part if total is None else total.add_(part)
+
+
+def chunk_gradients(
+    dlogits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dH, dW, db) of one chunk from its dlogits, in dlogits' dtype."""
+    dh = dlogits @ weight.to(dlogits.dtype) if need_hidden else None
+    dw = None
+    if need_weight:
+        if mask is not None:
+            hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+        dw = dlogits.T @ hidden.to(dlogits.dtype)
+    db = dlogits.sum(0, dtype=check.wide(dlogits)) if need_bias else None
+    return dh, dw, db
+
+
+def finish(rows: Rows, like, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
+    """(dH, dW, db) in the dtypes of `like` = (hidden, weight, bias); empty where not needed.
+
+    dH is scattered back to all tokens; without any token the gradients of weight and bias are 0.
+    """
+    out = []
+    for x, grad, need in zip(like, grads, needs, strict=True):
+        if not need:
+            out.append(like[0].new_empty(0))
+        elif grad is None:
+            out.append(torch.zeros_like(x))
+        else:
+            out.append(grad.to(x.dtype))
+    if needs[0]:
+        out[0] = rows.put(out[0], like[0].shape[0])
+    return tuple(out)

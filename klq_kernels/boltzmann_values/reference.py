@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boltzmann state values in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from klq_kernels.token_logprobs.reference import log_softmax
+
+
+@torch.no_grad()
+def boltzmann_values(
+    q: Tensor,
+    ref_logits: Tensor,
+    *,
+    tau: float,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """V = tau log sum_a pi_b(a|s) exp(Q(s, a) / tau); terms with Q = -inf or pi_b = 0 are skipped."""
+    log_pi_b = log_softmax(ref_logits, None, temperature, logit_softcap)
+    q = q if q.dtype == torch.float64 else q.float()
+    skipped = (q == -torch.inf) | (log_pi_b == -torch.inf)
+    return tau * torch.logsumexp((log_pi_b + q / tau).masked_fill(skipped, -torch.inf), dim=-1)

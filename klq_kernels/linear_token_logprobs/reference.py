@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LM head, then token log-probs, in plain PyTorch: logits of every row are materialised."""
+
+import torch
+from torch import Tensor
+
+from klq_kernels.token_logprobs.reference import select_rows, token_logprobs
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """hidden @ weight.T + bias; inactive hidden rows are selected to 0 before they meet the weight."""
+    hidden = select_rows(hidden, mask)
+    if logits_dtype is not None:
+        hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
+    logits = hidden @ weight.T
+    return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def too_few(mask: Tensor | None, tokens: int, num_active: int | None) -> Tensor | bool:
+    """Whether `num_active` is smaller than the number of active tokens (a 0-d tensor or False)."""
+    if num_active is None:
+        return False
+    return num_active < tokens if mask is None else mask.sum() > num_active
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_active: int | None = None,
+) -> Tensor:
+    """token_logprobs(hidden @ weight.T + bias, actions)."""
+    logprobs = token_logprobs(
+        head_logits(hidden, weight, bias, mask, logits_dtype),
+        actions,
+        mask=mask,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+    )
+    few = too_few(mask, actions.numel(), num_active)
+    return logprobs if few is False else torch.where(torch.as_tensor(few), torch.nan, logprobs)

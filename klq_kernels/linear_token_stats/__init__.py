@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states to log-prob and entropy through the LM head, nothing kept."""
+
+import torch
+from torch import Tensor
+
+from klq_kernels import _checks as check
+from klq_kernels import _linear as linear
+from klq_kernels import _tensor_parallel as tp
+from klq_kernels._dispatch import resolve
+from klq_kernels._results import TokenStats
+from klq_kernels.linear_token_logprobs.reference import head_logits, too_few
+from klq_kernels.linear_token_stats import reference
+
+OP = "linear_token_stats"
+
+
+@torch.no_grad()
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_active: int | None = None,
+    chunk_bytes: int | None = None,
+    tp_group=None,
+    backend: str | None = None,
+) -> TokenStats:
+    """token_stats(hidden @ weight.T + bias, actions): for rollouts and references; no gradient.
+
+    Args: as in `linear_token_logprobs`.
+
+    Returns:
+        TokenStats(logprobs, entropy, None, None), each [...] float32 (float64 for float64 inputs),
+        nats, exactly 0 at inactive tokens.
+
+    Raises:
+        TypeError, ValueError, IndexError: before any work.
+    """
+    weight, tp_group = tp.unwrap(OP, weight, tp_group)
+    hidden, weight, bias = linear.autocast(OP, hidden, weight, bias)
+    use = linear.inputs(
+        OP, hidden, weight, bias, actions, mask, num_active, chunk_bytes, logits_dtype
+    )
+    t, cap = check.scaling(OP, temperature, logit_softcap)
+    chosen = resolve(OP, hidden.device, backend)
+    if tp_group is not None:
+        shard = tp.shard(OP, tp_group, weight.shape[0], hidden.device)
+        logits = head_logits(hidden, weight, bias, use, logits_dtype)
+        stats = tp.stats(logits, shard.local(actions), use, t, cap, shard.group, chosen)
+        few = too_few(use, actions.numel(), num_active)
+        if few is not False:
+            few = torch.as_tensor(few, device=hidden.device)
+            stats = [torch.where(few, torch.nan, x) for x in stats]
+        return TokenStats(*stats, None, None)
+    check.action_values(OP, actions, use, weight.shape[0])
+    if chosen == "reference":
+        return reference.linear_token_stats(
+            hidden,
+            weight,
+            actions,
+            bias=bias,
+            mask=use,
+            temperature=t,
+            logit_softcap=logit_softcap,
+            logits_dtype=logits_dtype,
+            num_active=num_active,
+        )
+    logprobs, entropy = torch.ops.klq.linear_token_stats.default(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        actions.reshape(-1),
+        None if use is None else use.reshape(-1),
+        t,
+        cap,
+        logits_dtype,
+        num_active,
+        chunk_bytes,
+    )
+    return TokenStats(logprobs.reshape(actions.shape), entropy.reshape(actions.shape), None, None)
+
+
+torch.library.define(
+    f"klq::{OP}",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask, float temperature, "
+    "float softcap, ScalarType? logits_dtype, SymInt? num_active, int? chunk_bytes) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
+def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
+    tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
+    rows = linear.compact(mask, tokens, num_active, hidden.device)
+    hidden, actions = rows.take(hidden), rows.take(actions)
+    logprobs = hidden.new_empty(actions.shape, dtype=check.wide(hidden))
+    entropy = torch.empty_like(logprobs)
+    for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
+        use = None if rows.mask is None else rows.mask[part]
+        logits = linear.head(hidden[part], weight, bias, use, logits_dtype)
+        out = torch.ops.klq.token_stats.default(logits, actions[part], None, use, t, cap)
+        logprobs[part], entropy[part] = out[:2]
+    return tuple(rows.poison(rows.put(x, tokens)) for x in (logprobs, entropy))
+
+
+@torch.library.register_fake(f"klq::{OP}")
+def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
+    return tuple(hidden.new_empty(actions.shape, dtype=check.wide(hidden)) for _ in range(2))

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequence scores onto the last active token of their sequence."""
+
+import torch
+from torch import Tensor
+
+from klq_kernels import _checks as check
+from klq_kernels._dispatch import resolve
+from klq_kernels.place_scores import reference
+
+OP = "place_scores"
+
+
+@torch.no_grad()
+def place_scores(
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Token rewards from sequence scores; no gradient.
+
+    rewards[t] = scores[sequence of t] if t is the last active token of its sequence, else 0
+
+    A sequence without an active token drops its score.
+
+    Args:
+        scores: [...], one a sequence, or [S] with `cu_seqlens`; floating point.
+        mask: [..., T], or packed [N] with `cu_seqlens`; bool or integers, nonzero = active.
+        cu_seqlens: as in `lambda_returns`.
+        backend: as in `token_logprobs`.
+
+    Returns:
+        [..., T] or [N], float32 (float64 for float64 scores).
+
+    Raises:
+        TypeError, ValueError: before any work.
+    """
+    check.tensor(OP, "mask", mask)
+    check.sequences(OP, cu_seqlens, mask.shape)
+    use = check.mask(OP, mask, mask.shape, "itself")
+    check.per_sequence(OP, "scores", check.tensor(OP, "scores", scores), mask.shape, cu_seqlens)
+    check.same_device(OP, mask.device, scores=scores, cu_seqlens=cu_seqlens)
+    if resolve(OP, mask.device, backend) == "reference":
+        return reference.place_scores(scores, use, cu_seqlens=cu_seqlens)
+    return torch.ops.klq.place_scores.default(scores, use, cu_seqlens)
+
+
+@torch.library.register_fake("klq::place_scores")
+def _(scores, mask, cu_seqlens):
+    return scores.new_empty(mask.shape, dtype=check.wide(scores))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-ratios of policy and reference in plain PyTorch."""
+
+from torch import Tensor
+
+from klq_kernels.token_logprobs.reference import token_logprobs
+
+
+def token_log_ratios(
+    logits: Tensor,
+    ref_logits: Tensor,
+    actions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """rho_t = log pi(a_t | s_t) - log pi_b(a_t | s_t); the reference is a constant."""
+    scaling = {"mask": mask, "temperature": temperature, "logit_softcap": logit_softcap}
+    return token_logprobs(logits, actions, **scaling) - token_logprobs(
+        ref_logits.detach(), actions, **scaling
+    )
