@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// From stable-ABI tensors to the raw pointers the torch-free numerics take.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "check.h"
+#include "cpu/rows.h"
+
+namespace klq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Type type_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    case ScalarType::Double:
+      return Type::f64;
+    default:
+      KLQ_CHECK(op, false, "expected a floating point tensor");
+      return Type::f32;
+  }
+}
+
+inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+inline bool is_double(const MaybeTensor& x) { return x.has_value() && is_double(*x); }
+
+// Rows [..., V] of a tensor read where they lie: the leading dimensions must collapse to two.
+inline Rows rows_of(const char* op, const Tensor& x) {
+  const int64_t dims = x.dim();
+  KLQ_CHECK(op, dims >= 1 && x.size(dims - 1) >= 1, "expected [..., V] with V >= 1");
+  Rows r;
+  r.data = static_cast<char*>(x.data_ptr());
+  r.type = type_of(op, x);
+  r.size = x.element_size();
+  r.width = x.size(dims - 1);
+  r.count = x.numel() / r.width;
+  if (r.count == 0) return r;
+  KLQ_CHECK(op, r.width == 1 || x.stride(dims - 1) == 1, "the vocabulary must have unit stride");
+  int groups = 0;
+  int64_t next = 0;
+  for (int64_t d = dims - 2; d >= 0; --d) {
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 1) continue;
+    if (groups == 0 || stride != next) {
+      ++groups;
+      KLQ_CHECK(op, groups <= 2, "the leading dimensions must collapse to two strides");
+      (groups == 1 ? r.inner_stride : r.outer_stride) = stride;
+    }
+    if (groups == 1) r.inner *= size;
+    next = stride * size;
+  }
+  return r;
+}
+
+template <class W>
+constexpr ScalarType scalar_type = sizeof(W) == 8 ? ScalarType::Double : ScalarType::Float;
+
+inline Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
+  Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
+// A small per-token or per-sequence input as a contiguous array; keeps its tensor alive.
+template <class T>
+struct Array {
+  std::optional<Tensor> tensor;
+  const T* data = nullptr;
+  explicit operator bool() const { return data != nullptr; }
+  T operator[](int64_t i) const { return data[i]; }
+};
+
+template <class T>
+Array<T> array_as(const char* op, const char* name, const Tensor& x, ScalarType dtype,
+                  int64_t count) {
+  KLQ_CHECK(op, x.is_cpu(), name, " must be on the CPU like the other inputs");
+  KLQ_CHECK(op, count < 0 || x.numel() == count, name, " has ", x.numel(), " elements, expected ",
+            count);
+  Array<T> a;
+  a.tensor = contiguous_as(x, dtype);
+  a.data = static_cast<const T*>(a.tensor->data_ptr());
+  return a;
+}
+template <class T>
+Array<T> array_as(const char* op, const char* name, const MaybeTensor& x, ScalarType dtype,
+                  int64_t count) {
+  return x.has_value() ? array_as<T>(op, name, *x, dtype, count) : Array<T>{};
+}
+template <class W, class X>
+Array<W> reals(const char* op, const char* name, const X& x, int64_t count) {
+  return array_as<W>(op, name, x, scalar_type<W>, count);
+}
+template <class X>
+Array<int64_t> ids(const char* op, const char* name, const X& x, int64_t count) {
+  return array_as<int64_t>(op, name, x, ScalarType::Long, count);
+}
+inline Array<bool> mask_of(const char* op, const MaybeTensor& x, int64_t count) {
+  return array_as<bool>(op, "mask", x, ScalarType::Bool, count);
+}
+
+template <class T>
+T* data(Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+// Rows per task so that a task is worth a thread's wake-up, whatever the width.
+inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
+
+template <class Body>
+void for_rows(const Rows& rows, const Body& body) {
+  torch::stable::parallel_for(0, rows.count, grain(rows.width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+// body(W{}) with W = double if any input is double, else float.
+template <class Body>
+auto with_precision(bool use_double, const Body& body) {
+  if (use_double) return body(double{});
+  return body(float{});
+}
+
+}  // namespace klq

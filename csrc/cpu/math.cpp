@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// Instantiates the float table once per instruction set and picks one at load time.
+#include "cpu/math.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace klq {
+
+namespace baseline {
+#define KLQ_LANES 4
+#include "cpu/math_isa.h"
+#undef KLQ_LANES
+}  // namespace baseline
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KLQ_X86_TARGETS 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define KLQ_LANES 8
+#include "cpu/math_isa.h"
+#undef KLQ_LANES
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+namespace avx512 {
+#define KLQ_LANES 16
+#include "cpu/math_isa.h"
+#undef KLQ_LANES
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+namespace portable {  // double
+
+static void read(Type type, const void* in, double* out, int64_t n) {
+  if (type == Type::f64) {
+    std::memcpy(out, in, 8 * n);
+    return;
+  }
+  float narrow[kBlock];
+  baseline::read(type, in, narrow, n);
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow[i];
+}
+static void write(Type type, const double* in, void* out, int64_t n) {
+  if (type == Type::f64) {
+    std::memcpy(out, in, 8 * n);
+    return;
+  }
+  float narrow[kBlock];
+  for (int64_t i = 0; i < n; ++i) narrow[i] = in[i];
+  baseline::write(type, narrow, out, n);
+}
+static void scale(double* x, int64_t n, Scaling s) {
+  for (int64_t i = 0; i < n; ++i) {
+    double capped = s.softcap ? s.softcap * std::tanh(x[i] / s.softcap) : x[i];
+    x[i] = (x[i] == -INFINITY ? x[i] : capped) / s.temperature;
+  }
+}
+static void slope(const double* scaled, double* product, int64_t n, Scaling s) {
+  for (int64_t i = 0; i < n; ++i) {
+    double h = s.softcap ? scaled[i] * s.temperature / s.softcap : 0.0;
+    product[i] *= scaled[i] == -INFINITY ? 0.0 : (1.0 - h * h) / s.temperature;
+  }
+}
+static double max(const double* x, int64_t n) {
+  double m = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+static double sum_exp(const double* x, int64_t n, double m) {
+  double s = 0;
+  for (int64_t i = 0; i < n; ++i) s += std::exp(x[i] - m);
+  return s;
+}
+static double sum_exp_x(const double* x, int64_t n, double m) {
+  double s = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double e = std::exp(x[i] - m);
+    s += e == 0 ? 0.0 : e * (x[i] - m);
+  }
+  return s;
+}
+static double sum_exp_diff(const double* x, const double* y, int64_t n, double m, double my) {
+  double s = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double e = std::exp(x[i] - m);
+    s += e == 0 ? 0.0 : e * ((x[i] - m) - (y[i] - my));
+  }
+  return s;
+}
+static void exp_times(const double* x, double* out, int64_t n, double m, double a) {
+  for (int64_t i = 0; i < n; ++i) out[i] = a * std::exp(x[i] - m);
+}
+static const Math<double> table = {read,    write,     scale,        slope,    max,
+                                   sum_exp, sum_exp_x, sum_exp_diff, exp_times};
+
+}  // namespace portable
+
+namespace {
+struct Chosen {
+  const Math<float>* table = &baseline::table;
+  const char* name = "baseline";
+  Chosen() {
+#ifdef KLQ_X86_TARGETS
+    __builtin_cpu_init();
+    const char* limit = std::getenv("KLQ_CPU_ISA");  // for tests: baseline or avx2
+    bool any = limit == nullptr;
+    bool want512 = any, want2 = any || std::strcmp(limit, "avx2") == 0;
+    if (want512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      table = &avx512::table;
+      name = "avx512";
+    } else if (want2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      table = &avx2::table;
+      name = "avx2";
+    }
+#endif
+  }
+};
+const Chosen& chosen() {
+  static const Chosen instance;
+  return instance;
+}
+}  // namespace
+
+template <>
+const Math<float>& math<float>() {
+  return *chosen().table;
+}
+template <>
+const Math<double>& math<double>() {
+  return portable::table;
+}
+const char* isa_name() { return chosen().name; }
+
+}  // namespace klq

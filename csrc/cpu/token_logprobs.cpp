@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/token_logprobs.h"
+
+#include "cpu/glue.h"
+
+namespace klq {
+namespace {
+
+using torch::stable::new_empty;
+
+std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor actions, MaybeTensor mask,
+                                          double temperature, double softcap) {
+  const char* op = "token_logprobs";
+  const Rows rows = rows_of(op, logits);
+  const auto action = ids(op, "actions", actions, rows.count);
+  const auto use = mask_of(op, mask, rows.count);
+  const Scaling scaling{temperature, softcap};
+  return with_precision(is_double(logits), [&](auto w) {
+    using W = decltype(w);
+    Tensor logprobs = new_empty(logits, actions.sizes(), scalar_type<W>);
+    std::vector<int64_t> shape{3};
+    for (int64_t d = 0; d < actions.dim(); ++d) shape.push_back(actions.size(d));
+    Tensor row_stats = new_empty(logits, shape, scalar_type<W>);
+    W *logprob = data<W>(logprobs), *stats = data<W>(row_stats);
+    for_rows(rows, [&](int64_t i) {
+      Target<W> t{};
+      logprob[i] = 0;
+      if (!use || use[i]) {
+        t = target(Row<W>(rows, i, scaling), action[i]);
+        const bool known = action[i] >= 0 && action[i] < rows.width;
+        logprob[i] = known ? W(t.logprob()) : std::numeric_limits<W>::quiet_NaN();
+      }
+      stats[i] = t.max, stats[rows.count + i] = t.rest, stats[2 * rows.count + i] = t.z;
+    });
+    return std::make_tuple(logprobs, row_stats);
+  });
+}
+
+Tensor token_logprobs_backward(Tensor grad, Tensor logits, Tensor actions, MaybeTensor mask,
+                               Tensor row_stats, double temperature, double softcap) {
+  const char* op = "token_logprobs_backward";
+  const Rows rows = rows_of(op, logits);
+  const auto action = ids(op, "actions", actions, rows.count);
+  const auto use = mask_of(op, mask, rows.count);
+  const Scaling scaling{temperature, softcap};
+  Tensor dlogits = new_empty(logits, logits.sizes());
+  const Rows out = rows_of(op, dlogits);
+  with_precision(is_double(logits), [&](auto w) {
+    using W = decltype(w);
+    const auto upstream = reals<W>(op, "grad", grad, rows.count);
+    const auto stats = reals<W>(op, "row_stats", row_stats, 3 * rows.count);
+    for_rows(rows, [&](int64_t i) {
+      if (use && !use[i]) return zero_row(out, i);
+      const Target<W> t{stats[i], stats[rows.count + i], stats[2 * rows.count + i]};
+      gradient(Row<W>(rows, i, scaling), action[i], t, upstream[i], out.row(i));
+    });
+    return 0;
+  });
+  return dlogits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(klq, CPU, m) {
+  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
+  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+}
+
+}  // namespace klq
