@@ -14,7 +14,7 @@ DEFAULT_TAU = 0.05
 
 
 def field_type(f: Field) -> tuple[Any, bool]:
-    """The type of a field of `KLQConfig` without its help text and `None`, and if it may be None."""
+    """The type of a `KLQConfig` field without help text and `None`, and if it may be None."""
     annotated = get_args(f.type)[0]
     args = get_args(annotated)
     return (args[0], True) if type(None) in args else (annotated, False)

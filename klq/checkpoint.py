@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves on disk, and how it is left and taken up again.
+
+A checkpoint is a directory `checkpoint-NNNNNN` that transformers can load as it stands (model and
+tokenizer), with `value_head.safetensors` next to the model, and `optimizer.pt`, `rng-RANK.pt` and
+`state.json` for resuming. The learning-rate schedule is a function of the update number and needs
+no state. A checkpoint is written under a temporary name and renamed when complete, and renamed away
+before it is deleted, so a directory of that name is whole whenever the process is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from klq.model import TRUNK_DIR, PolicyValueModel, is_peft, load_value_head, save_value
+
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+_TEMPORARY = ".tmp-"
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.json", "curves.png")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))
+
+
+def held_files(output_dir: Path) -> list[Path]:
+    """What a run has left in a directory."""
+    files = [Path(output_dir) / name for name in RUN_FILES]
+    return [p for p in files if p.exists()] + checkpoints(output_dir)
+
+
+def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory that holds a run (FileExistsError) unless resumed or overwritten."""
+    if resume and overwrite:
+        raise ValueError("resume and overwrite are opposites: give only one")
+    held = held_files(output_dir)
+    if held and not (resume or overwrite):
+        raise FileExistsError(
+            f"{output_dir} already holds a run ({held[0].name}): resume it (--resume), delete it "
+            "(--overwrite) or choose another output_dir"
+        )
+
+
+def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Check, make the directory, and clear it of half-written files and of a run to overwrite.
+
+    Overwriting deletes the files of the run and nothing else. OSError if it cannot be written.
+    """
+    output_dir = Path(output_dir)
+    check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / f"{_TEMPORARY}probe").touch()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"output_dir cannot be written ({error.strerror})", str(output_dir)
+        ) from None
+    leftovers = list(output_dir.glob(f"{_TEMPORARY}*"))
+    for path in leftovers + (held_files(output_dir) if overwrite else []):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def fingerprint(reference: nn.Module) -> str:
+    """Tells one reference policy from another: a hash of the beginning of each frozen tensor."""
+    digest = hashlib.sha256()
+    for name, p in reference.named_parameters():
+        if not p.requires_grad:
+            start = p.detach().reshape(-1)[:64].float().cpu()
+            digest.update(name.encode() + start.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: dict[str, Any],
+    *,
+    model: PolicyValueModel,
+    optimizer: Any,
+    tokenizer: Any,
+    accelerator: Any,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `state["update"]`, then delete all but the newest `keep`."""
+    final = Path(output_dir) / f"checkpoint-{state['update']:06d}"
+    temporary = final.with_name(_TEMPORARY + final.name)
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    accelerator.wait_for_everyone()
+    try:
+        torch.save(_rng_state(), temporary / f"rng-{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            model.policy.save_pretrained(temporary)
+            save_value(model, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            (temporary / "state.json").write_text(json.dumps(state))
+            _to_disk(temporary)
+            if final.exists():
+                _delete(final)
+            temporary.rename(final)
+            _to_disk(final.parent, deep=False)
+            for old in checkpoints(output_dir)[:-keep]:
+                _delete(old)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            error.errno,
+            f"the checkpoint could not be written ({error.strerror}); earlier ones are whole",
+            str(final),
+        ) from error
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(
+    path: Path, *, model: PolicyValueModel, optimizer: Any, accelerator: Any, reference: str
+) -> dict[str, Any]:
+    """Put everything back as `save_checkpoint` found it, and return its state.
+
+    Raises ValueError if the run began from another reference policy than `reference` (a
+    fingerprint), FileNotFoundError or ValueError if a file is missing or does not fit.
+    """
+    state = json.loads((path / "state.json").read_text())
+    if state["reference"] != reference:
+        raise ValueError(
+            f"{path} was trained against another reference policy: build the trainer with the "
+            "model the run began with, not with one of its checkpoints"
+        )
+    if is_peft(model.policy):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model.policy, load_file(path / "adapter_model.safetensors"))
+    else:
+        _load_module(model.lm, path)
+    if model.value_trunk is not None:
+        _load_module(model.value_trunk, path / TRUNK_DIR)
+    load_value_head(model.value_head, path)
+    optimizer.load_state_dict(
+        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    )
+    _set_rng_state(torch.load(path / f"rng-{accelerator.process_index}.pt", weights_only=True))
+    return state
+
+
+def _load_module(module: nn.Module, path: Path) -> None:
+    # Through from_pretrained, which knows about shards, tied weights and renamed keys.
+    loaded = type(module).from_pretrained(path, dtype=module.dtype)
+    module.load_state_dict(loaded.state_dict())
+
+
+def _delete(path: Path) -> None:
+    hidden = path.with_name(_TEMPORARY + "old-" + path.name)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _to_disk(path: Path, deep: bool = True) -> None:
+    for entry in [*(path.rglob("*") if deep else ()), path]:
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _rng_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+class GracefulInterrupt:
+    """While active, a first Ctrl-C only sets `requested`; a second one interrupts at once.
+
+    The loop finishes its update and saves, so that the checkpoint it leaves lies on the boundary of
+    an update and resumes exactly, whether the signal came in rollout, update or checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this update, with a checkpoint; Ctrl-C again stops at once")
+
+    def __enter__(self) -> GracefulInterrupt:
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, self._previous)
