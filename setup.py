@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the one compiled module, klq_kernels._C: sources and flags, nothing else.
 
-KLQ_CUDA=auto|0|1       CUDA kernels: when torch and the toolkit have CUDA (auto), never, or else fail
+KLQ_CUDA=auto|0|1       CUDA kernels: if torch and the toolkit have CUDA (auto), never, or must
 TORCH_CUDA_ARCH_LIST    GPU architectures, default 8.0;9.0;10.0+PTX
 MAX_JOBS                parallel compilations
 KLQ_SANITIZE=address,undefined      instrumented CPU build

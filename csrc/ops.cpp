@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every schema of torch.ops.klq, one line an op; implementations register themselves in cpu/, cuda/.
+// Every schema of torch.ops.klq, one line an op; implementations register themselves in cpu/,
+// cuda/.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off

@@ -6,6 +6,7 @@ Every message names the op, the argument, what was found and what was expected. 
 synchronisation, and on other devices when KLQ_VALIDATE=1; never under torch.compile.
 """
 
+import itertools
 import math
 import os
 
@@ -97,12 +98,12 @@ def per_token(op: str, name: str, x: Tensor, shape: torch.Size, like: str) -> No
 
 
 def number(op: str, name: str, x, low: float, high: float, *, open_low: bool = False) -> float:
-    if isinstance(x, Tensor) or isinstance(x, bool) or not isinstance(x, (int, float)):
+    if isinstance(x, (Tensor, bool)) or not isinstance(x, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(x).__name__}")
     inside = (x > low if open_low else x >= low) and x <= high
     if math.isnan(x) or math.isinf(x) or not inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
-        raise ValueError(f"{op}: {name} must be in {interval}, got {x}")
+        left, right = "(" if open_low else "[", "inf)" if math.isinf(high) else f"{high:g}]"
+        raise ValueError(f"{op}: {name} must be in {left}{low:g}, {right}, got {x}")
     return float(x)
 
 
@@ -160,7 +161,7 @@ def sequences(op: str, cu_seqlens: Tensor | None, shape: torch.Size) -> None:
         raise ValueError(f"{op}: with cu_seqlens the inputs must be packed [N], got {list(shape)}")
     if look_at_values(cu_seqlens):
         ends = cu_seqlens.tolist()
-        ascending = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+        ascending = all(a <= b for a, b in itertools.pairwise(ends))
         if ends[0] != 0 or not ascending or ends[-1] > shape[0]:
             raise ValueError(
                 f"{op}: cu_seqlens must start at 0, never fall and end at most at N = {shape[0]}, "
@@ -195,9 +196,7 @@ def rows(
         logits(op, "ref_logits", ref_logits)
         has_shape(op, "ref_logits", ref_logits, logits_.shape, "logits")
     use = mask(op, mask_, logits_.shape[:-1], "actions")
-    same_device(
-        op, logits_.device, actions=actions_, mask=mask_, ref_logits=ref_logits, **others
-    )
+    same_device(op, logits_.device, actions=actions_, mask=mask_, ref_logits=ref_logits, **others)
     return use
 
 
@@ -255,7 +254,9 @@ def consumable(op: str, x: Tensor) -> None:
     if not torch.compiler.is_compiling():
         base = x if x._base is None else x._base
         if torch.is_grad_enabled() and base.is_leaf and base.requires_grad:
-            raise ValueError(f"{op}: inplace=True cannot consume a leaf that needs gradients; {remedy}")
+            raise ValueError(
+                f"{op}: inplace=True cannot consume a leaf that needs gradients; {remedy}"
+            )
     extent = 1  # elements covered so far, from the smallest stride up
     for stride, size in sorted((x.stride(d), x.shape[d]) for d in range(x.dim()) if x.shape[d] > 1):
         if stride < extent:

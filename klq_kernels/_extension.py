@@ -7,7 +7,7 @@ module links against its libraries.
 
 from pathlib import Path
 
-import torch  # noqa: F401  (must be loaded before _C)
+import torch
 
 _REMEDY = "pip install --no-build-isolation -e ."
 

@@ -18,7 +18,7 @@ DEFAULT_CHUNK_BYTES = 512 << 20
 
 
 def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
-    """Under autocast hidden, weight and bias are cast as F.linear casts them; else they must agree."""
+    """Casts hidden, weight and bias as F.linear does under autocast; else their dtypes must agree."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

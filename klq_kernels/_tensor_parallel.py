@@ -43,7 +43,7 @@ def shard(op: str, tp_group, size: int, device: torch.device) -> Shard:
 
 
 def local_rows(logits, ids, mask, temperature, softcap, backend) -> Tensor:
-    """(max, rest, z_a) of this rank's slice, [3, ...]; z_a is -inf where the target is elsewhere."""
+    """(max, rest, z_a) of this rank's slice, [3, ...]; z_a is -inf where it is elsewhere."""
     if backend != "reference":
         op = torch.ops.klq.token_logprobs.default
         return op(logits, ids, mask, temperature, softcap)[1]
@@ -152,9 +152,7 @@ def unwrap(op: str, weight: Tensor, tp_group):
     return weight.to_local(), (weight.device_mesh.get_group(), offset[0])
 
 
-def stats(
-    logits, ids, mask, temperature, softcap, group, backend
-) -> tuple[Tensor, Tensor]:
+def stats(logits, ids, mask, temperature, softcap, group, backend) -> tuple[Tensor, Tensor]:
     """Global log-prob and entropy from this rank's slice of the logits; no gradient.
 
     H = log S - sum_j p_j (z_j - max): the slice's share of the sum needs the global max and S, so

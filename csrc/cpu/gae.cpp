@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, doub
     const auto use = mask_of(op, mask, seqs.tokens);
     Tensor a = new_empty(values, values.sizes(), scalar_type<W>);
     Tensor g = new_empty(values, values.sizes(), scalar_type<W>);
-    const Scan<W> args{nullptr, v.data, r.data, nullptr,    use.data,  0,
+    const Scan<W> args{nullptr, v.data, r.data,  nullptr,    use.data,  0,
                        gamma,   1.0,    nullptr, data<W>(a), data<W>(g)};
     scan_all(args, seqs, lam, Array<W>{}, boot);
     return std::make_tuple(a, g);

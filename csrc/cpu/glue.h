@@ -116,7 +116,9 @@ T* data(Tensor& x) {
 }
 
 // Rows per task so that a task is worth a thread's wake-up, whatever the width.
-inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
+inline int64_t grain(int64_t width) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width));
+}
 
 template <class Body>
 void for_rows(const Rows& rows, const Body& body) {

@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> klq_targets(
       ref_logprob[i] = known ? W(b) : nan;
       ratio[i] = known ? W(p - b) : nan;
     });
-    const Scan<W> args{ratio, v.data,  r.data,     nullptr,    use.data,  tau,
-                       gamma, alpha,   data<W>(q), data<W>(a), data<W>(g)};
+    const Scan<W> args{ratio, v.data, r.data,     nullptr,    use.data,  tau,
+                       gamma, alpha,  data<W>(q), data<W>(a), data<W>(g)};
     scan_all(args, seqs, lam, lams, boot);
     return std::make_tuple(lp, rp, rho, q, a, g);
   });

@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor valu
     Tensor q = new_empty(values, values.sizes(), scalar_type<W>);
     Tensor a = new_empty(values, values.sizes(), scalar_type<W>);
     Tensor g = new_empty(values, values.sizes(), scalar_type<W>);
-    const Scan<W> args{rho.data, v.data,  r.data, c.data,     use.data,   tau,
-                       gamma,    alpha,   data<W>(q), data<W>(a), data<W>(g)};
+    const Scan<W> args{rho.data, v.data, r.data,     c.data,     use.data,  tau,
+                       gamma,    alpha,  data<W>(q), data<W>(a), data<W>(g)};
     scan_all(args, seqs, lam, rows, boot);
     return std::make_tuple(q, a, g);
   });

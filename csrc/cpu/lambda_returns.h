@@ -22,7 +22,8 @@ struct Scan {
 // K sequences of `length` tokens at once, right to left; K independent chains hide the latency of
 // the recurrence.
 template <int K, class W>
-void scan(const Scan<W>& s, const int64_t* begin, int64_t length, const double* lam, double* carry) {
+void scan(const Scan<W>& s, const int64_t* begin, int64_t length, const double* lam,
+          double* carry) {
   for (int64_t t = length - 1; t >= 0; --t) {
     for (int k = 0; k < K; ++k) {
       const int64_t i = begin[k] + t;

@@ -197,8 +197,7 @@ static inline __attribute__((always_inline)) double sum(const float* x, const fl
   for (; i + 4 * L <= n; i += 4 * L)
     for (int64_t j = 0; j < 4; ++j) s[j] += term(load(x + i + j * L), load(y + i + j * L));
   for (; i + L <= n; i += L) s[0] += term(load(x + i), load(y + i));
-  if (i < n)
-    s[1] += term(load_tail(x + i, n - i, -INFINITY), load_tail(y + i, n - i, -INFINITY));
+  if (i < n) s[1] += term(load_tail(x + i, n - i, -INFINITY), load_tail(y + i, n - i, -INFINITY));
   return sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
 }
 

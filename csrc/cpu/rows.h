@@ -10,8 +10,8 @@
 
 namespace klq {
 
-// count rows of width elements; row i starts outer_stride * (i / inner) + inner_stride * (i % inner)
-// elements after data. Offsets are 64-bit throughout.
+// count rows of width elements; row i starts outer_stride * (i / inner) + inner_stride * (i %
+// inner) elements after data. Offsets are 64-bit throughout.
 struct Rows {
   char* data = nullptr;
   Type type = Type::f32;
@@ -54,9 +54,8 @@ struct Row {
 
   W max() const {
     W top = -std::numeric_limits<W>::infinity();
-    blocks(0, width, [&](const W* x, int64_t, int64_t n) {
-      top = std::max(top, math<W>().max(x, n));
-    });
+    blocks(0, width,
+           [&](const W* x, int64_t, int64_t n) { top = std::max(top, math<W>().max(x, n)); });
     return top;
   }
 

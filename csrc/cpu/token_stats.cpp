@@ -26,11 +26,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor act
     Tensor logprobs = new_empty(logits, actions.sizes(), scalar_type<W>);
     Tensor entropies = new_empty(logits, actions.sizes(), scalar_type<W>);
     Tensor ref_logprobs =
-        ref_logits ? new_empty(logits, actions.sizes(), scalar_type<W>)
-                   : new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(none), scalar_type<W>);
-    Tensor kls =
-        ref_logits ? new_empty(logits, actions.sizes(), scalar_type<W>)
-                   : new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(none), scalar_type<W>);
+        ref_logits
+            ? new_empty(logits, actions.sizes(), scalar_type<W>)
+            : new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(none), scalar_type<W>);
+    Tensor kls = ref_logits ? new_empty(logits, actions.sizes(), scalar_type<W>)
+                            : new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(none),
+                                        scalar_type<W>);
     W *logprob = data<W>(logprobs), *h = data<W>(entropies);
     W *ref_logprob = data<W>(ref_logprobs), *kl = data<W>(kls);
     for_rows(rows, [&](int64_t i) {

@@ -9,9 +9,8 @@ namespace klq {
 template <class W>
 double entropy(const Row<W>& row, const Target<W>& t) {
   double weighted = 0;
-  row.blocks(0, row.width, [&](const W* x, int64_t, int64_t n) {
-    weighted += math<W>().sum_exp_x(x, n, t.max);
-  });
+  row.blocks(0, row.width,
+             [&](const W* x, int64_t, int64_t n) { weighted += math<W>().sum_exp_x(x, n, t.max); });
   return t.log_sum() - weighted / t.sum();
 }
 

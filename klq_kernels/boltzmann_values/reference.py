@@ -16,7 +16,7 @@ def boltzmann_values(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
 ) -> Tensor:
-    """V = tau log sum_a pi_b(a|s) exp(Q(s, a) / tau); terms with Q = -inf or pi_b = 0 are skipped."""
+    """V = tau log sum_a pi_b(a|s) exp(Q(s, a) / tau); skips Q = -inf and pi_b = 0."""
     log_pi_b = log_softmax(ref_logits, None, temperature, logit_softcap)
     q = q if q.dtype == torch.float64 else q.float()
     skipped = (q == -torch.inf) | (log_pi_b == -torch.inf)

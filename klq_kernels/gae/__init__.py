@@ -62,9 +62,7 @@ def gae(
             cu_seqlens=cu_seqlens,
             bootstrap=bootstrap,
         )
-    return GAE(
-        *torch.ops.klq.gae.default(rewards, values, gamma, lam, use, cu_seqlens, bootstrap)
-    )
+    return GAE(*torch.ops.klq.gae.default(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
 
 
 @torch.library.register_fake("klq::gae")

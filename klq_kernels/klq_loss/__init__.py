@@ -33,7 +33,8 @@ def klq_loss(
 ) -> KLQLoss:
     """One squared loss that trains policy and value together.
 
-    L = sum_t m_t w_t (tau (log pi(a_t|s_t) - log pi_b(a_t|s_t)) + V(s_t) - G_t)^2 / normaliser   (6)
+    L = sum_t m_t w_t (Q_t - G_t)^2 / normaliser                                        (6)
+    Q_t = tau (log pi(a_t|s_t) - log pi_b(a_t|s_t)) + V(s_t)                            (13)
 
     dL/dlogits = 2 m w (Q - G) tau / normaliser * (onehot(a) - softmax) * dz/dlogits
     dL/dvalues = 2 m w (Q - G) / normaliser

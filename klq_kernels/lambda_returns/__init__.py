@@ -34,7 +34,7 @@ def lambda_returns(
 
     Q_t = tau rho_t + V_t                          (13)
     delta_t = r_t + gamma V_n - Q_t                (14)   V_n = bootstrap after the last one
-    A_t = delta_t + gamma c_n A_n                  (7)    c = lam, or trace; A = 0 after the last one
+    A_t = delta_t + gamma c_n A_n                  (7)    c = lam or trace; 0 after the last
     G_t = Q_t + alpha A_t                          (7)
 
     Inactive tokens do not exist: exactly one gamma lam per active transition, none across a gap.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states to the KLQ loss through the LM head: gradients leave the forward, logits never kept."""
+"""Hidden states to the KLQ loss through the LM head: gradients leave the forward."""
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def linear_klq_loss(
     }
     if tp_group is not None:
         logprobs = sharded(
-            OP, hidden, weight, bias, actions, use, t, cap, logits_dtype, num_active, tp_group, chosen
+            *(OP, hidden, weight, bias, actions, use, t, cap),
+            *(logits_dtype, num_active, tp_group, chosen),
         )
         return squared_residuals(logprobs, values, **rest)
     check.action_values(OP, actions, use, weight.shape[0])

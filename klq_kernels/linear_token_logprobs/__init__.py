@@ -65,7 +65,8 @@ def linear_token_logprobs(
     chosen = resolve(OP, hidden.device, backend)
     if tp_group is not None:
         return sharded(
-            OP, hidden, weight, bias, actions, use, t, cap, logits_dtype, num_active, tp_group, chosen
+            *(OP, hidden, weight, bias, actions, use, t, cap),
+            *(logits_dtype, num_active, tp_group, chosen),
         )
     check.action_values(OP, actions, use, weight.shape[0])
     if chosen == "reference":
@@ -136,7 +137,10 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask"
-_REST = "float temperature, float softcap, ScalarType? logits_dtype, SymInt? num_active, int? chunk_bytes"
+_REST = (
+    "float temperature, float softcap, ScalarType? logits_dtype, SymInt? num_active, "
+    "int? chunk_bytes"
+)
 torch.library.define(f"klq::{OP}", f"({_HEAD}, {_REST}) -> (Tensor, Tensor)")
 torch.library.define(
     f"klq::{OP}_backward",

@@ -14,7 +14,7 @@ def head_logits(
     mask: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """hidden @ weight.T + bias; inactive hidden rows are selected to 0 before they meet the weight."""
+    """hidden @ weight.T + bias; inactive hidden rows are 0 before they meet the weight."""
     hidden = select_rows(hidden, mask)
     if logits_dtype is not None:
         hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)

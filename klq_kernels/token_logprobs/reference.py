@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token log-probabilities in plain PyTorch: the oracle (float64 in, float64 out) and naive baseline."""
+"""Token log-probabilities in plain PyTorch: the oracle (float64 stays) and naive baseline."""
 
 import torch
 from torch import Tensor
@@ -30,9 +30,7 @@ def log_softmax(
     logit_softcap: float | None = None,
 ) -> Tensor:
     """log pi(.|s) of every row, [..., V]."""
-    return torch.log_softmax(
-        scaled(select_rows(logits, mask), temperature, logit_softcap), dim=-1
-    )
+    return torch.log_softmax(scaled(select_rows(logits, mask), temperature, logit_softcap), dim=-1)
 
 
 def gather(table: Tensor, actions: Tensor, mask: Tensor | None) -> Tensor:

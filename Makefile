@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine with Python 3.10+, gcc and make:
+#   make demo    a language model learns by KLQ, on the GPU when there is one
+#   make test    the whole test suite
+# Both set up .venv by themselves. PYTHON=python3 uses that interpreter and its packages instead.
+
+TORCH ?= torch==2.13.0
+PYTHON ?=
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+RUNS ?= runs
+
+ifeq ($(PYTHON),)
+PY := .venv/bin/python
+READY := .venv/.ready
+else
+PY := $(PYTHON)
+READY := in-place
+endif
+
+.PHONY: demo test bench lint format in-place clean
+
+demo: $(READY)
+	$(PY) -m klq.cli train --preset exact --output_dir $(RUNS)/exact --overwrite
+	$(PY) -m klq.cli train --preset docsum --output_dir $(RUNS)/docsum --overwrite
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal --durations=10
+
+bench: $(READY)
+	$(PY) -m pytest -q benchmarks --benchmark-enable --benchmark-only --import-mode=importlib
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(shell find csrc -type f)
+
+.venv/.ready: $(SOURCES)
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install -q $(TORCH) "setuptools>=77" wheel pybind11 ninja
+	.venv/bin/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+in-place:
+	$(PY) setup.py -q build_ext --inplace
+
+clean:
+	rm -rf build dist *.egg-info klq_kernels/_C*.so

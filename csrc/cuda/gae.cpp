@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// GAE is the scan of lambda_returns with Q = V and alpha = 1.
+#include "cuda/sequences.h"
+
+namespace klq::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, double lam,
+                               MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor bootstrap) {
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const bool packed = cu_seqlens.has_value();
+  Tensor a = scan_output(values, packed), g = scan_output(values, packed);
+  run_scan("gae",
+           {std::nullopt, values, rewards, std::nullopt, mask, cu_seqlens, bootstrap, std::nullopt,
+            0.0, gamma, lam, 1.0},
+           nullptr, a, g);
+  return {a, g};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(klq, CUDA, m) { m.impl("gae", TORCH_BOX(&gae)); }
+
+}  // namespace klq::cuda

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/sequences.h"
+
+namespace klq::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor values, Tensor rewards,
+                                                  double tau, double gamma, double lam,
+                                                  MaybeTensor lam_rows, double alpha,
+                                                  MaybeTensor mask, MaybeTensor cu_seqlens,
+                                                  MaybeTensor bootstrap, MaybeTensor trace) {
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const bool packed = cu_seqlens.has_value();
+  Tensor q = scan_output(values, packed), a = scan_output(values, packed),
+         g = scan_output(values, packed);
+  run_scan("lambda_returns",
+           {log_ratios, values, rewards, lam_rows, mask, cu_seqlens, bootstrap, trace, tau, gamma,
+            lam, alpha},
+           &q, a, g);
+  return {q, a, g};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(klq, CUDA, m) { m.impl("lambda_returns", TORCH_BOX(&lambda_returns)); }
+
+}  // namespace klq::cuda
