@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real English that every machine already has: the docstrings of the Python packages installed on it.
+"""Real English that every machine already has: docstrings of the Python packages installed on it.
 
-Files are read and parsed by `ast`, never imported. A docstring that follows PEP 257 is a summary with its own ground
-truth: one line that says what the thing does, a blank line, then the details. The pair is (name + details, line).
-Files are visited in the order of a hash of their path, so that a limit takes an even sample of what is installed, and
-the same hash sends a tenth of the files to the held-out side. A line, and a beginning of details, is kept only the
-first time it appears anywhere: copies of one docstring in several files cannot sit on both sides of the split.
+Files are read and parsed by `ast`, never imported. A docstring that follows PEP 257 carries its own
+ground truth: one line that says what the thing does, a blank line, then the details. The pair is
+(name + details, line).
+
+Files are visited in the order of a hash of their path, so that a limit takes an even sample of what
+is installed, and the hash sends a tenth of them to the held-out side. A line, and a beginning of
+details, is kept only the first time it appears anywhere: copies of one docstring in several files
+cannot sit on both sides of the split.
 """
 
 from __future__ import annotations
@@ -20,20 +23,30 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-# Tests hold few docstrings and much noise; this project's own files would make the corpus move with every edit.
-SKIP_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "_vendor", "site-packages", "klq", "klq_kernels"}
+# Tests are mostly noise, and with this project's own files the corpus would move at every edit.
+SKIP_DIRECTORIES = {
+    "test",
+    "tests",
+    "testing",
+    "__pycache__",
+    "_vendor",
+    "site-packages",
+    "klq",
+    "klq_kernels",
+}
 MAX_FILE_BYTES = 400_000
 HELD_OUT_PERCENT = 10
 _LETTERS = re.compile(r"[^a-z]+")
-_MARKUP = re.compile(r"^[^A-Za-z`\"']|>>>|https?:|::|\||^(args|returns?|parameters|note|example)s?\s*:", re.I)
+_MARKUP = re.compile(
+    r"^[^A-Za-z`\"']|>>>|https?:|::|\||^(args|returns?|parameters|note|example)s?\s*:", re.I
+)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One docstring: the object's name, the details, the true summary line, and which side of the split."""
+    """A docstring: the object's name, the details, the true summary, the side of the split."""
 
     name: str
     body: str
@@ -47,11 +60,12 @@ def default_roots() -> list[Path]:
     return sorted({Path(paths[key]).resolve() for key in ("stdlib", "purelib", "platlib")})
 
 
-def fingerprint(roots: Iterable[Path]) -> str:
-    """What the corpus depends on: the interpreter, every installed distribution and its version, the roots."""
-    installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()})
-    text = "\n".join([sysconfig.get_python_version(), *map(str, roots), *installed])
-    return hashlib.sha256(text.encode()).hexdigest()
+def fingerprint(files: Iterable[tuple[str, Path]]) -> str:
+    """Hash of what the corpus depends on: path and length of the files, the parser, this module."""
+    key = hashlib.sha256(sysconfig.get_python_version().encode() + Path(__file__).read_bytes())
+    for relative, path in files:
+        key.update(f"{relative} {path.stat().st_size}\n".encode())
+    return key.hexdigest()
 
 
 def _digest(relative: str) -> bytes:
@@ -77,10 +91,10 @@ def python_files(roots: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def split_docstring(text: str) -> tuple[str, str] | None:
-    """(summary line, details as one line) of a cleaned docstring, or None where it has not that form.
+    """(summary, details as one line) of a cleaned docstring, or None where it has not that form.
 
-    The form: ASCII; a first line of 3 to 16 words that begins with a word, mostly letters, no markup, ended by a
-    full stop or by the blank line that follows it; at least 5 words of details that do not repeat it.
+    The form: ASCII; a first line of 3 to 16 words, mostly letters and without markup, ended by a
+    full stop or by a blank line after it; at least 5 words of details that do not repeat it.
     """
     if not text.isascii():
         return None
@@ -89,7 +103,11 @@ def split_docstring(text: str) -> tuple[str, str] | None:
     summary = summary.strip()
     if not (summary.endswith(".") or rest.startswith("\n")) or _MARKUP.search(summary):
         return None
-    if not 3 <= len(summary.split()) <= 16 or len(body.split()) < 5 or summary.lower() in body.lower():
+    if (
+        not 3 <= len(summary.split()) <= 16
+        or len(body.split()) < 5
+        or summary.lower() in body.lower()
+    ):
         return None
     if sum(c.isalpha() or c == " " for c in summary) < 0.8 * len(summary):
         return None
@@ -97,7 +115,7 @@ def split_docstring(text: str) -> tuple[str, str] | None:
 
 
 def file_docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, cleaned docstring) of the module, classes and functions of one file; nothing if it does not parse."""
+    """(name, cleaned docstring) of a file's module, classes and functions; none if unreadable."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             return
@@ -107,7 +125,7 @@ def file_docstrings(path: Path) -> Iterator[tuple[str, str]]:
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return
     stack: list[ast.AST] = [tree]
-    while stack:  # statements only: `ast.walk` would also visit every expression, at half the time of the parse
+    while stack:  # statements only: a visit to every expression takes half as long as the parse
         node = stack.pop()
         for block in ("body", "orelse", "finalbody", "handlers"):
             stack.extend(getattr(node, block, ()))
@@ -119,7 +137,7 @@ def file_docstrings(path: Path) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Syntax trees are many objects and no cycles: without the collector parsing takes a third less time."""
+    """Syntax trees are many objects and no cycles: parsing takes a third less time without it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -130,20 +148,23 @@ def _no_collector() -> Iterator[None]:
 
 
 @_no_collector()
-def read_pairs(roots: Iterable[Path], *, limit: int) -> list[Pair]:
-    """Up to `limit` pairs from the files below the roots, no line and no beginning of details twice."""
+def read_pairs(files: Iterable[tuple[str, Path]], *, limit: int) -> list[Pair]:
+    """Up to `limit` pairs from `python_files`, no line and no beginning of details twice."""
     pairs: list[Pair] = []
     seen: set[str] = set()
-    for relative, path in python_files(roots):
+    for relative, path in files:
         side = held_out(relative)
         for name, text in file_docstrings(path):
             split = split_docstring(text)
             if split is None:
                 continue
             summary, body = split
-            # Letters only, so that versions, numbers and punctuation do not make a copy look new; 64 letters
-            # of details are about what a prompt shows.
-            keys = {"s" + _LETTERS.sub("", summary.lower()), "b" + _LETTERS.sub("", body.lower())[:64]}
+            # Letters only, so that versions and punctuation do not make a copy look new; 64 letters
+            # of details are no more than a prompt shows.
+            keys = {
+                "s" + _LETTERS.sub("", summary.lower()),
+                "b" + _LETTERS.sub("", body.lower())[:64],
+            }
             if keys & seen:
                 continue
             seen |= keys

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two measures of a generated line against the true one: ROUGE-L over words and chrF over characters.
+"""Two measures of a generated line against the true one: ROUGE-L over words, chrF over characters.
 
-ROUGE-L is the reward of the preset `docsum` and, on other files, its yardstick; chrF looks at the same pair of
-lines through character n-grams, so that a policy that merely games the word matching shows.
-Both are a few lines of plain Python: no stemming, no stop words, nothing to install.
+ROUGE-L is the reward of the preset `docsum` and, on other files, its yardstick. chrF looks at the
+same lines through character n-grams, so that a policy which merely games the matching of words
+shows. Both are a few lines of plain Python: no stemming, no stop words, nothing to install.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def words(text: str) -> list[str]:
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence of a and b; O(len(a) * len(b)) time, one row of memory."""
+    """Length of the longest common subsequence of a and b, in O(len(a) * len(b)) time."""
     row = [0] * (len(b) + 1)
     for x in a:
         diagonal = 0  # the cell up and to the left, before this row overwrote it
@@ -33,7 +33,7 @@ def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def rouge_l(candidate: str, truth: str) -> float:
-    """ROUGE-L F1 in [0, 1]: the harmonic mean of LCS / len(candidate) and LCS / len(truth), in words.
+    """ROUGE-L F1 in [0, 1]: harmonic mean of LCS / len(candidate) and LCS / len(truth), in words.
 
     0 where either side has no word. Symmetric; 1 exactly where both word sequences are equal.
     """
@@ -44,7 +44,7 @@ def rouge_l(candidate: str, truth: str) -> float:
 def chrf(candidate: str, truth: str, *, order: int = 6, beta: float = 2.0) -> float:
     """chrF in [0, 1] (Popović 2015): F_beta of character n-grams without spaces, n = 1..order.
 
-    Precision and recall are averaged over those n for which both sides have n-grams; 0 where there is none.
+    Precision and recall are averaged over those n for which both sides have n-grams; 0 for none.
     """
     a, b = ("".join(text.split()) for text in (candidate, truth))
     orders = range(1, min(order, len(a), len(b)) + 1)
