@@ -18,7 +18,7 @@ DEFAULT_CHUNK_BYTES = 512 << 20
 
 
 def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
-    """Casts hidden, weight and bias as F.linear does under autocast; else their dtypes must agree."""
+    """Casts as F.linear does under autocast; otherwise the three dtypes must agree."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -142,6 +142,13 @@ def accumulate(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result: one 16-bit rounding a chunk would grow with their number."""
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 def chunk_gradients(
     dlogits: Tensor,
     hidden: Tensor,
@@ -151,13 +158,13 @@ def chunk_gradients(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dH, dW, db) of one chunk from its dlogits, in dlogits' dtype."""
+    """(dH, dW, db) of one chunk from its dlogits; dH in their dtype, dW and db at least float32."""
     dh = dlogits @ weight.to(dlogits.dtype) if need_hidden else None
     dw = None
     if need_weight:
         if mask is not None:
             hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-        dw = dlogits.T @ hidden.to(dlogits.dtype)
+        dw = wide_product(dlogits.T, hidden.to(dlogits.dtype))
     db = dlogits.sum(0, dtype=check.wide(dlogits)) if need_bias else None
     return dh, dw, db
 

@@ -60,10 +60,10 @@ static void scale(double* x, int64_t n, Scaling s) {
     x[i] = (x[i] == -INFINITY ? x[i] : capped) / s.temperature;
   }
 }
-static void slope(const double* scaled, double* product, int64_t n, Scaling s) {
+static void slope(const double* logit, double* product, int64_t n, Scaling s) {
   for (int64_t i = 0; i < n; ++i) {
-    double h = s.softcap ? scaled[i] * s.temperature / s.softcap : 0.0;
-    product[i] *= scaled[i] == -INFINITY ? 0.0 : (1.0 - h * h) / s.temperature;
+    const double e = std::exp(-2 * std::abs(logit[i] / s.softcap)), d = 1 + e;
+    product[i] *= 4 * e / (d * d) / s.temperature;
   }
 }
 static double max(const double* x, int64_t n) {

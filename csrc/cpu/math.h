@@ -27,9 +27,10 @@ struct Math {
   void (*read)(Type type, const void* in, W* out, int64_t n);
   // out = in rounded to nearest even
   void (*write)(Type type, const W* in, void* out, int64_t n);
-  // x = scaled(x), and slope = d scaled / dx from the scaled value
+  // x = scaled(x)
   void (*scale)(W* x, int64_t n, Scaling s);
-  void (*slope)(const W* scaled, W* product, int64_t n, Scaling s);  // product *= slope
+  // product *= d scaled(x) / dx at the logits x, under a softcap; 0 at -inf
+  void (*slope)(const W* logit, W* product, int64_t n, Scaling s);
   W (*max)(const W* x, int64_t n);                                   // -inf for n = 0
   // sum exp(x - m); terms of x = -inf are 0
   double (*sum_exp)(const W* x, int64_t n, W m);

@@ -160,13 +160,19 @@ static void scale(float* x, int64_t n, Scaling s) {
   }
 }
 
-static void slope(const float* scaled, float* product, int64_t n, Scaling s) {
-  const float t = s.temperature, c = s.softcap, inverse = 1.0f / t;
-  for (int64_t i = 0; i < n; ++i) {
-    float h = c ? scaled[i] * t / c : 0.0f;
-    float d = scaled[i] == -INFINITY ? 0.0f : (1.0f - h * h) * inverse;
-    product[i] *= d;
-  }
+// From the logit itself: 1 - tanh^2 of a rounded tanh would lose the digits of a saturated slope.
+static void slope(const float* logit, float* product, int64_t n, Scaling s) {
+  const F c = splat(s.softcap), t = splat(s.temperature);
+  auto times_slope = [=](F z, F y) {
+    F x = z / c, e = exp_negative((x < F{} ? x : -x) * 2.0f), d = 1.0f + e;
+    return y * (4.0f * e / (d * d) / t);
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L)
+    store(product + i, times_slope(load(logit + i), load(product + i)));
+  if (i < n)
+    store_tail(product + i,
+               times_slope(load_tail(logit + i, n - i, 0), load_tail(product + i, n - i, 0)), n - i);
 }
 
 static float max(const float* x, int64_t n) {

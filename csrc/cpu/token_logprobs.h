@@ -41,17 +41,23 @@ void gradient(const Row<W>& row, int64_t action, const Target<W>& t, double coef
   const double inverse = s.softcap ? 1.0 : 1.0 / s.temperature;
   const double total = t.sum();
   const W scale = W(-coefficient * inverse / total);
-  W product[kBlock];
-  row.blocks(0, row.width, [&](const W* x, int64_t begin, int64_t n) {
-    math<W>().exp_times(x, product, n, t.max, scale);
-    if (s.softcap) math<W>().slope(x, product, n, s);
-    math<W>().write(row.type, product, out + row.size * begin, n);
-  });
-  if (action < 0 || action >= row.width) return;
+  const bool here = action >= 0 && action < row.width;
   W chosen = t.z == -std::numeric_limits<W>::infinity()
                  ? W(0)
                  : W(coefficient * inverse * (t.rest / total));
-  if (s.softcap) math<W>().slope(&t.z, &chosen, 1, s);
+  W product[kBlock], logit[kBlock];
+  auto times_slope = [&](W* y, int64_t begin, int64_t n) {
+    if (!s.softcap) return;
+    math<W>().read(row.type, row.data + row.size * begin, logit, n);
+    math<W>().slope(logit, y, n, s);
+  };
+  if (here) times_slope(&chosen, action, 1);  // before its logit is overwritten
+  row.blocks(0, row.width, [&](const W* x, int64_t begin, int64_t n) {
+    math<W>().exp_times(x, product, n, t.max, scale);
+    times_slope(product, begin, n);
+    math<W>().write(row.type, product, out + row.size * begin, n);
+  });
+  if (!here) return;
   math<W>().write(row.type, &chosen, out + row.size * action, 1);
 }
 
