@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -108,6 +112,22 @@ Array<int64_t> ids(const char* op, const char* name, const X& x, int64_t count) 
 }
 inline Array<bool> mask_of(const char* op, const MaybeTensor& x, int64_t count) {
   return array_as<bool>(op, "mask", x, ScalarType::Bool, count);
+}
+
+// A new tensor of logits' size. Its pages are asked for in units of 2 MiB: on first touch the
+// kernel zeroes and maps every page, and 25 000 faults for 100 MB took 73 ms where the row pass
+// takes 13 (2 cores, 2026-11-22).
+inline Tensor new_rows(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor x = torch::stable::new_empty(like, like.sizes(), dtype);
+#ifdef __linux__
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t first = (begin + huge - 1) / huge * huge;
+  const uintptr_t last = (begin + x.numel() * x.element_size()) / huge * huge;
+  // advice only: where it is refused, small pages serve as well
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return x;
 }
 
 template <class T>

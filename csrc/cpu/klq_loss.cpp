@@ -86,8 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> klq_loss(
     double softcap, bool need_grad) {
   const char* op = "klq_loss";
   const Rows rows = rows_of(op, logits);
-  Tensor dlogits =
-      need_grad ? new_empty(logits, logits.sizes()) : vector_like(logits, 0, logits.scalar_type());
+  Tensor dlogits = need_grad ? new_rows(logits) : vector_like(logits, 0, logits.scalar_type());
   const Rows grads = need_grad ? rows_of(op, dlogits) : Rows{};
   LossOut out = run(op, logits, rows, need_grad ? &grads : nullptr, actions, values, ref_logprobs,
                     returns, tau, mask, weights, normalizer, {temperature, softcap});

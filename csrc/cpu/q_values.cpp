@@ -17,7 +17,7 @@ Tensor q_values(Tensor logits, Tensor ref_logits, Tensor values, double tau, dou
   return with_precision(wide, [&](auto w) {
     using W = decltype(w);
     const auto v = reals<W>(op, "values", values, rows.count);
-    Tensor out = torch::stable::new_empty(logits, logits.sizes(), scalar_type<W>);
+    Tensor out = new_rows(logits, scalar_type<W>);
     W* q = data<W>(out);
     for_rows(rows, [&](int64_t i) {
       q_row(Row<W>(rows, i, scaling), Row<W>(ref, i, scaling), tau, v[i], q + i * rows.width);

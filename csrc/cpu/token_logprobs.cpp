@@ -43,7 +43,7 @@ Tensor token_logprobs_backward(Tensor grad, Tensor logits, Tensor actions, Maybe
   const auto action = ids(op, "actions", actions, rows.count);
   const auto use = mask_of(op, mask, rows.count);
   const Scaling scaling{temperature, softcap};
-  Tensor dlogits = new_empty(logits, logits.sizes());
+  Tensor dlogits = new_rows(logits);
   const Rows out = rows_of(op, dlogits);
   with_precision(is_double(logits), [&](auto w) {
     using W = decltype(w);
