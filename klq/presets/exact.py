@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from klq.trainer import KLQTrainer
 
 VOCAB, LENGTH, PROMPT = 12, 4, 0
+# The value gradient is 1 / tau times the policy's: at full strength it takes the shared trunk for
+# itself (gain .89 after 120 updates of 128 at 5e-4); at a tenth it does as well as a second trunk
+# (.94 both), at no cost.
 DEFAULTS = {
     "max_completion_length": LENGTH,
-    "num_updates": 120,
-    "per_device_train_batch_size": 128,
+    "num_updates": 200,
+    "per_device_train_batch_size": 256,
     "update_epochs": 4,
-    "learning_rate": 5e-4,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
+    "value_trunk_grad_scale": 0.1,
     "tau": 0.05,
 }
 
