@@ -49,13 +49,13 @@ def test_case_82_empty_dataset_and_missing_column():
         prompts([])
     with pytest.raises(ValueError, match="the dataset is empty"):
         prompts(None)
-    with pytest.raises(ValueError, match="column `prompt`"):
+    with pytest.raises(ValueError, match=r"column `prompt`"):
         prompts([{"text": "a"}])
 
 
 def test_case_82_prompt_longer_than_the_model_is_found_before_training():
     rows = [{"prompt": [1]}, {"prompt": list(range(9))}]
-    with pytest.raises(ValueError, match="row 1: a prompt of 9 tokens .* set max_prompt_length"):
+    with pytest.raises(ValueError, match=r"row 1: a prompt of 9 tokens .* set max_prompt_length"):
         prompts(rows, room=5)
     assert prompts(rows, room=5, keep=4).ids(rows[1], 1) == [5, 6, 7, 8]
     with pytest.raises(ValueError, match="max_prompt_length must be at most 5"):
