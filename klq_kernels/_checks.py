@@ -257,11 +257,11 @@ def consumable(op: str, x: Tensor) -> None:
             raise ValueError(
                 f"{op}: inplace=True cannot consume a leaf that needs gradients; {remedy}"
             )
-    extent = 1  # elements covered so far, from the smallest stride up
-    for stride, size in sorted((x.stride(d), x.shape[d]) for d in range(x.dim()) if x.shape[d] > 1):
-        if stride < extent:
+    dims = [d for d in range(x.dim()) if x.shape[d] > 1]
+    for d in dims:  # each stride must step over all that smaller strides reach
+        smaller = [e for e in dims if e != d and x.stride(e) <= x.stride(d)]
+        if x.stride(d) <= sum((x.shape[e] - 1) * x.stride(e) for e in smaller):
             raise ValueError(
                 f"{op}: inplace=True needs logits whose elements do not overlap, got shape "
                 f"{shape_of(x)} with strides {list(x.stride())}; {remedy}"
             )
-        extent = stride * (size - 1) + extent

@@ -67,6 +67,10 @@ def grid(*, cases: str | None = None, dtypes=DTYPES, only=lambda spec: True, com
     return pytest.mark.parametrize(("spec", "case", "device", "backend", "dtype"), out)
 
 
+def takes(name: str):
+    return lambda spec: name in spec.takes
+
+
 class Run(NamedTuple):
     outputs: dict[str, Tensor]
     grads: dict[str, Tensor]
