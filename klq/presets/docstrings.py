@@ -84,8 +84,8 @@ def python_files(roots: Iterable[Path]) -> list[tuple[str, Path]]:
         for directory, subdirectories, names in os.walk(root):
             subdirectories[:] = [s for s in subdirectories if s not in SKIP_DIRECTORIES]
             for name in names:
-                if name.endswith(".py"):
-                    path = Path(directory) / name
+                path = Path(directory) / name
+                if name.endswith(".py") and path.is_file():  # not a link to nowhere
                     found.setdefault(path.relative_to(root).as_posix(), path)
     return sorted(found.items(), key=lambda item: _digest(item[0]))
 

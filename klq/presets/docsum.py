@@ -180,6 +180,10 @@ def build(
     }
 
     def report(trainer: KLQTrainer) -> dict[str, Any]:
+        if trainer.accelerator.num_processes > 1:
+            # The control is a second training run, and only this process is here to run it.
+            print("docsum: no table, it is made by runs of one process only")
+            return {}
         policies = {
             "SFT": (sft, 1.0),
             "SFT, T = 0.7": (sft, 0.7),

@@ -155,12 +155,15 @@ def test_files_are_parsed_never_imported_and_bad_ones_left_out(tmp_path):
     (tmp_path / "syntax.py").write_text("def broken(:\n")
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\x00 not text")
     (tmp_path / "zero.py").write_bytes(b"x = 1\0")
+    (tmp_path / "dangling.py").symlink_to(tmp_path / "nowhere.py")
     (tmp_path / "deep.py").write_text("(" * 5000 + ")" * 5000)
     nested = (
         f'class A:\n    if True:\n        async def g(self):\n            """{docstring(3)}"""\n'
     )
     (tmp_path / "nested.py").write_text(nested)
-    pairs = docstrings.read_pairs(docstrings.python_files([tmp_path]), limit=100)
+    files = docstrings.python_files([tmp_path])
+    assert len(docstrings.fingerprint(files)) == 64
+    pairs = docstrings.read_pairs(files, limit=100)
     assert sorted(p.name for p in pairs) == ["f0", "g"]
 
 
