@@ -39,17 +39,20 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))
 
 
-def held_files(output_dir: Path) -> list[Path]:
+def run_files(output_dir: Path) -> list[Path]:
     """What a run has left in a directory."""
     files = [Path(output_dir) / name for name in RUN_FILES]
     return [p for p in files if p.exists()] + checkpoints(output_dir)
 
 
 def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory that holds a run (FileExistsError) unless resumed or overwritten."""
+    """Refuse a directory that holds a run (FileExistsError) unless resumed or overwritten.
+
+    A run that ended before its first update left nothing worth keeping, and is not held.
+    """
     if resume and overwrite:
         raise ValueError("resume and overwrite are opposites: give only one")
-    held = held_files(output_dir)
+    held = [p for p in run_files(output_dir) if p.name != "config.json" and p.stat().st_size]
     if held and not (resume or overwrite):
         raise FileExistsError(
             f"{output_dir} already holds a run ({held[0].name}): resume it (--resume), delete it "
@@ -72,7 +75,7 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> No
             error.errno, f"output_dir cannot be written ({error.strerror})", str(output_dir)
         ) from None
     leftovers = list(output_dir.glob(f"{_TEMPORARY}*"))
-    for path in leftovers + (held_files(output_dir) if overwrite else []):
+    for path in leftovers + (run_files(output_dir) if overwrite else []):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

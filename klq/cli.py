@@ -151,8 +151,11 @@ def _build(name: str | None, settings: dict[str, Any], resume: bool) -> tuple[Pr
         )
     if name is not None and given:
         raise ValueError(f"--{given[0]} and --preset exclude each other")
+    import transformers
+
     from klq.checkpoint import check_output_dir
 
+    transformers.utils.logging.disable_progress_bar()  # it would write over ours at every save
     out = settings.get("output_dir", KLQConfig.output_dir if name is None else f"runs/{name}")
     check_output_dir(out, resume=resume, overwrite=settings.get("overwrite", False))
     preset = load_preset(name, **settings) if name else _own_experiment(settings)

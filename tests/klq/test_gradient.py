@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the optimiser is given: the paper's gradient, whatever the split and the backend (case 78)."""
+"""What the optimiser is given: the paper's gradient, however it is split or computed (case 78)."""
 
 import pytest
 import torch
@@ -57,7 +57,10 @@ def test_first_gradient_is_ppo_policy_gradient_and_value_part(make_trainer, scri
         rewards = -TAU * (logprobs - reference).detach()
         rewards[-1] += sum(response) / 20
         a = gae(rewards[None], values.detach()[None], gamma=GAMMA, lam=LAM).advantages[0]
-        policy_loss, value_loss = policy_loss - (a * logprobs).sum(), value_loss - (a * values).sum()
+        policy_loss, value_loss = (
+            policy_loss - (a * logprobs).sum(),
+            value_loss - (a * values).sum(),
+        )
         count += len(response)
     parameters = dict(model.named_parameters())
     options = {"allow_unused": True, "materialize_grads": True}
@@ -108,9 +111,7 @@ def test_minibatches_partition_the_batch(make_trainer, script, monkeypatch):
 
 def test_value_warmup_moves_value_parameters_only(make_trainer):
     for value_model in ("head", "separate"):
-        trainer = make_trainer(
-            value_warmup_updates=1, trainer_kwargs={"value_model": value_model}
-        )
+        trainer = make_trainer(value_warmup_updates=1, trainer_kwargs={"value_model": value_model})
         model = trainer.unwrapped
         policy = [p.detach().clone() for p in model.policy_parameters()]
         value = [p.detach().clone() for p in model.value_parameters()]

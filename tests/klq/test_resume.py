@@ -278,7 +278,7 @@ def test_case_83_disk_full_in_the_checkpoint(make_trainer, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(klq.checkpoint, "save_value", full)
-    with pytest.raises(OSError, match="could not be written .*earlier ones are whole"):
+    with pytest.raises(OSError, match=r"could not be written .*earlier ones are whole"):
         make_trainer(num_updates=2).train(resume=True)
     run = tmp_path / "run"
     assert [p.name for p in checkpoints(run)] == ["checkpoint-000001"]

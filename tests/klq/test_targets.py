@@ -32,7 +32,7 @@ def with_value(trainer, seed=0):
 
 
 def plain(trainer, prompt, response):
-    """values of the states before each response token and after the last; log-ratios; no padding."""
+    """Values of the states before each response token and after the last; log-ratios."""
     tokens = torch.tensor([prompt + response])
     start = len(prompt)
     with torch.no_grad():

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The value head's life (case 81), the linear-head check, the reference, the saved model."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from klq.checkpoint import checkpoints
+from klq.model import HEAD_FILE, load_policy, with_value
+
+
+@pytest.fixture
+def announced(caplog):
+    logging.getLogger("klq").setLevel(logging.WARNING)
+    return lambda: caplog.text
+
+
+def test_case_81_fresh_head_is_zero_float32_and_announced(tiny, announced):
+    model = with_value(tiny().bfloat16(), "head", 1.0)
+    assert "FRESH" in announced()
+    assert [p.dtype for p in model.value_parameters()] == [torch.float32] * 2
+    assert all((p == 0).all() for p in model.value_parameters())
+    values = model(
+        torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), lambda hidden, weight, bias, values: values
+    )
+    assert values.dtype == torch.float32 and (values == 0).all()
+
+
+@pytest.mark.parametrize("value_model", ["head", "separate"])
+def test_case_81_saved_value_function_is_loaded_and_announced(
+    make_trainer, tiny, tmp_path, announced, value_model
+):
+    first = make_trainer(trainer_kwargs={"value_model": value_model})
+    first.train()
+    saved = checkpoints(tmp_path / "run")[-1]
+    capped = make_trainer(trainer_kwargs={"value_model": str(saved)})
+    assert f"loaded from {saved}" in announced()
+    pairs = zip(
+        first.unwrapped.value_parameters(), capped.unwrapped.value_parameters(), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    state = load_file(saved / HEAD_FILE)
+    assert {k: tuple(v.shape) for k, v in state.items()} == {"weight": (1, 16), "bias": (1,)}
+
+
+def test_case_81_missing_or_mismatched_head_is_an_error(make_trainer, tiny, tmp_path):
+    make_trainer(num_updates=1).train()
+    saved = checkpoints(tmp_path / "run")[-1]
+    with pytest.raises(ValueError, match="value_model must be 'head', 'separate'"):
+        with_value(tiny(), "tail", 1.0)
+    with pytest.raises(ValueError, match=r"holds .*\(1, 16\).* the model needs .*\(1, 32\)"):
+        with_value(tiny(hidden=32), str(saved), 1.0)
+    damaged = shutil.copytree(saved, tmp_path / "run" / "checkpoint-000002")
+    save_file({"weight": torch.zeros(1, 16)}, damaged / HEAD_FILE)
+    with pytest.raises(ValueError, match="the model needs"):
+        make_trainer(num_updates=3).train(resume=True)
+    (damaged / HEAD_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="holds no value head"):
+        make_trainer(num_updates=3).train(resume=True)
+
+
+def test_checkpoint_is_a_model_transformers_can_load(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoints(tmp_path / "run")[-1])
+    state = trainer.policy.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+def test_training_moves_the_policy_and_never_the_reference(make_trainer, tiny):
+    trainer = make_trainer()
+    trainer.train()
+    start = tiny().state_dict()
+    reference, policy = trainer.reference.lm.state_dict(), trainer.policy.state_dict()
+    assert all(torch.equal(start[k], reference[k]) for k in start)
+    assert any((start[k] != policy[k]).any() for k in start)
+    with pytest.raises(ValueError, match="ref_model is the policy itself"):
+        lm = tiny()
+        make_trainer(model=lm, trainer_kwargs={"ref_model": lm})
+
+
+def test_given_reference_is_used(make_trainer, tiny):
+    trainer = make_trainer(trainer_kwargs={"ref_model": tiny(seed=7)})
+    _, metrics = trainer.step()
+    assert metrics["objective/kl"] > 0.01
+
+
+def test_model_whose_logits_are_not_a_linear_head_is_refused(tiny):
+    class Scaled(type(tiny())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 0.5
+            return out
+
+    with pytest.raises(ValueError, match="not a linear head"):
+        load_policy(Scaled(tiny().config))
+    lm = tiny()
+    lm.set_output_embeddings(nn.Sequential(nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match="no trunk with a plain linear head"):
+        load_policy(lm)
+
+
+def test_soft_capped_logits_are_accepted_and_used(tiny):
+    """A model that caps its logits says so in its config; the kernels then cap them too."""
+
+    class Capped(type(tiny())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 2.0 * torch.tanh(out.logits / 2.0)
+            return out
+
+    config = tiny().config
+    with pytest.raises(ValueError, match="not a linear head"):
+        load_policy(Capped(config))
+    config.final_logit_softcapping = 2.0
+    assert with_value(load_policy(Capped(config)), "head", 1.0).logit_softcap == 2.0
+
+
+def test_dropout_is_off_in_the_loop(make_trainer, tiny):
+    lm = tiny()
+    lm.config.hidden_dropout = lm.config.attention_dropout = 0.5
+    trainer = make_trainer(model=type(lm)(lm.config).train())
+    trainer.step()
+    assert not trainer.model.training
+    _, metrics = make_trainer(model=type(lm)(lm.config).train()).step()
+    assert metrics["objective/kl"] == 0.0
+
+
+def test_peft_adapters_off_are_the_reference(make_trainer, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    torch.manual_seed(0)
+    trainer = make_trainer(trainer_kwargs={"peft_config": config})
+    assert trainer.reference is None
+    _, metrics = trainer.step()
+    assert metrics["objective/kl"] != 0
+    trainer.train(resume=True)
+    again = make_trainer(num_updates=4, trainer_kwargs={"peft_config": config})
+    again.train(resume=True)
+    assert again.update == 4
+
+
+def test_peft_config_without_peft_says_what_to_install(tiny, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        load_policy(tiny(), peft_config=object())
