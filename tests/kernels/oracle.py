@@ -67,6 +67,16 @@ def grid(*, cases: str | None = None, dtypes=DTYPES, only=lambda spec: True, com
     return pytest.mark.parametrize(("spec", "case", "device", "backend", "dtype"), out)
 
 
+def everywhere(*ops: str):
+    """parametrize arguments (device, backend) over all places where every one of `ops` runs."""
+    pairs = []
+    for device in present():
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        shared = [b for b in backends(ops[0], device) if all(b in backends(o, device) for o in ops)]
+        pairs += [pytest.param(device, b, id=f"{device}-{b}", marks=marks) for b in shared]
+    return pytest.mark.parametrize(("device", "backend"), pairs)
+
+
 def takes(name: str):
     return lambda spec: name in spec.takes
 

@@ -145,6 +145,27 @@ def test_compile_inplace():
     compare_compiled(spec, "cpu", "aot_eager", [(3, 5), (4, 7)], None, inplace=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"), [("klq_loss", {"inplace": True}), ("linear_klq_loss", {})]
+)
+def test_compiled_second_backward_repeats_or_raises(name, more):
+    """Rule 12: a gradient handed over is never silently scaled twice, compiled or not."""
+    torch._dynamo.reset()
+    spec = SPECS[name]
+    compiled = torch.compile(trained(spec, None, **more), fullgraph=True, backend="aot_eager")
+    inputs = spec.inputs()
+    leaves = {n: inputs[n].clone().requires_grad_() for n in spec.grads}
+    total, _ = compiled({**inputs, **leaves})
+    first = [
+        g.clone() for g in torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+    ]
+    try:
+        second = torch.autograd.grad(total, list(leaves.values()))
+    except RuntimeError:
+        return
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("name", ["klq_loss", "lambda_returns"])
 def test_compile_inductor(name):
     compare_compiled(SPECS[name], "cpu", "inductor", [(3, 5)], None)
