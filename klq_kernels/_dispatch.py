@@ -73,19 +73,30 @@ def use_backend(backend: str):
         _override = previous
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """The backend that runs `op` on `device`.
+_NO_FLOAT64 = ("triton", "cuda")  # float64 exists for oracles: reference and cpp have it
+
+
+def resolve(
+    op: str,
+    device: torch.device,
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """The backend that runs `op` on `device` with results of `dtype`.
 
     Raises:
         ValueError: unknown backend name.
-        RuntimeError: the requested backend has no kernel for this op and device, with the remedy.
+        RuntimeError: the requested backend has no kernel for this op, device and dtype, with the
+            remedy.
     """
     requested = backend or _override or os.environ.get("KLQ_BACKEND") or None
     kernels = TABLE[op]
     if requested is None:
         for candidate in _PREFERENCE.get(device.type, ("reference",)):
             if candidate == "reference" or (
-                device.type in kernels.get(candidate, ()) and _missing(candidate) is None
+                device.type in kernels.get(candidate, ())
+                and not (dtype == torch.float64 and candidate in _NO_FLOAT64)
+                and _missing(candidate) is None
             ):
                 return candidate
     _known(requested, op)
@@ -98,5 +109,9 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
         raise RuntimeError(
             f"{op}: backend {requested!r} has no kernel for {device.type} tensors; "
             f"available there: {', '.join(have)}"
+        )
+    if dtype == torch.float64 and requested in _NO_FLOAT64:
+        raise RuntimeError(
+            f"{op}: backend {requested!r} has no float64; use float32 inputs or backend='reference'"
         )
     return requested

@@ -52,7 +52,8 @@ def gae(
     check.same_device(
         OP, values.device, rewards=rewards, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap
     )
-    if resolve(OP, values.device, backend) == "reference":
+    dtype = check.wide(rewards, values, bootstrap)
+    if resolve(OP, values.device, backend, dtype) == "reference":
         return reference.gae(
             rewards,
             values,

@@ -92,7 +92,8 @@ def lambda_returns(
         trace=trace,
         lam=lam_rows,
     )
-    if resolve(OP, values.device, backend) == "reference":
+    dtype = check.wide(log_ratios, values, rewards, lam_rows, bootstrap, trace)
+    if resolve(OP, values.device, backend, dtype) == "reference":
         return reference.lambda_returns(
             log_ratios,
             values,
