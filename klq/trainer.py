@@ -58,8 +58,8 @@ class KLQTrainer:
     processing_class: the tokenizer; None loads that of a model given by name, or does without
         (prompts are then token ids, and reward functions see token ids).
     value_model: "head", "separate", a model, or a directory: `klq.model.with_value`.
-    ref_model: the reference; None is a frozen copy of `model` as it is now, or with peft the model
-        with its adapters switched off.
+    ref_model: the reference (name or model); None is a frozen copy of `model` as it is now, or with
+        peft the model with its adapters switched off.
     peft_config: makes the policy a peft model.
     rollout_engine: an object with `generate(prompt_ids) -> Rollout`; None is `HFRollout`. It can
         also be replaced later through the attribute of that name.
@@ -76,7 +76,7 @@ class KLQTrainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         value_model: str | nn.Module = "head",
-        ref_model: nn.Module | None = None,
+        ref_model: str | nn.Module | None = None,
         peft_config: Any = None,
         rollout_engine: RolloutEngine | None = None,
     ) -> None:
@@ -99,9 +99,12 @@ class KLQTrainer:
         policy = load_policy(model, peft_config)
         room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         room = None if room is None else room - args.max_completion_length
-        prompts = partial(Prompts, tokenizer=processing_class, room=room)
-        self.train_prompts = prompts(train_dataset, keep=args.max_prompt_length, seed=args.seed)
-        self.eval_prompts = eval_dataset and prompts(eval_dataset, keep=args.max_prompt_length)
+        keep = args.max_prompt_length
+        prompts = partial(Prompts, tokenizer=processing_class, room=room, keep=keep, seed=args.seed)
+        self.train_prompts = prompts(train_dataset)
+        if args.eval_every and eval_dataset is None:
+            raise ValueError("eval_every needs an eval_dataset")
+        self.eval_prompts = None if eval_dataset is None else prompts(eval_dataset)
 
         if ref_model is None and not is_peft(policy):
             ref_model = copy.deepcopy(policy)
@@ -109,17 +112,16 @@ class KLQTrainer:
         if ref_model is not None:
             if ref_model is policy:
                 raise ValueError("ref_model is the policy itself: give a copy, or None")
-            self.reference = self.accelerator.prepare_model(frozen(ref_model), evaluation_mode=True)
+            reference = frozen(load_policy(ref_model))
+            self.reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         model = with_value(policy, value_model, args.value_trunk_grad_scale)
         self.model, self.optimizer = self.accelerator.prepare(model, adamw(model, args))
         self.unwrapped: PolicyValueModel = self.accelerator.unwrap_model(self.model)
         self.policy = self.unwrapped.policy
         # What stands between hidden states and log-probs, for every op that forms them.
         self.scale = {"temperature": args.temperature, "logit_softcap": model.logit_softcap}
-        self.advantages, self.objective = {
-            "klq": (klq_advantages, klq_objective),
-            "ppo": (ppo_advantages, ppo_objective),
-        }[args.algorithm]
+        klq, ppo = (klq_advantages, klq_objective), (ppo_advantages, ppo_objective)
+        self.advantages, self.objective = klq if args.algorithm == "klq" else ppo
         lm = self.unwrapped.lm
         eos = eos_ids(processing_class, lm)
         pad_id = getattr(processing_class, "pad_token_id", None)
@@ -159,7 +161,7 @@ class KLQTrainer:
         with GracefulInterrupt() as interrupt, RunLog(args, self.update, main=main) as run_log:
             while self.update < args.num_updates and not self._any(interrupt.requested):
                 batch, metrics = self.step()
-                if self.eval_prompts and args.eval_every and self.update % args.eval_every == 0:
+                if args.eval_every and self.update % args.eval_every == 0:
                     metrics.update(self.evaluate())
                 run_log.metrics(metrics)
                 accelerator.log(metrics, step=self.update)
@@ -265,11 +267,7 @@ class KLQTrainer:
         advantages = self.advantages(
             log_ratios, values, rewards, mask=mask, bootstrap=bootstrap, args=args
         )
-        batch.stored = {
-            "old_logprobs": old_logprobs,
-            "old_values": values,
-            "advantages": advantages,
-        }
+        batch.stored.update(old_logprobs=old_logprobs, old_values=values, advantages=advantages)
         if args.algorithm == "ppo":
             reduce = partial(accelerator.reduce, reduction="sum")
             batch.stored["policy_advantages"] = (
@@ -347,11 +345,8 @@ class KLQTrainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this update into output_dir."""
-        state = {
-            "update": self.update,
-            "consumed": self.consumed,
-            "reference": self._reference_fingerprint(),
-        }
+        state = {"update": self.update, "consumed": self.consumed}
+        state["reference"] = self._reference_fingerprint()
         self.saved = self.update
         return save_checkpoint(
             self.args.output_dir,

@@ -188,7 +188,7 @@ def value_error(trainer: KLQTrainer, truth: Truth, logprobs: Tensor) -> float:
     """Root mean square of V - V* over the states of a response, weighted by the policy."""
     prefixes = _prefixes(trainer.device)
     positions = torch.arange(LENGTH, device=trainer.device).expand(len(prefixes), -1)
-    values = trainer.model(prefixes, positions, lambda hidden, weight, bias, values: values)
+    values = trainer.unwrapped(prefixes, positions, lambda hidden, weight, bias, values: values)
     weight = logprobs.exp().sum(-1).reshape(-1, 1)  # of the prefix
     square = (values.cpu().double() - truth.values()) ** 2
     return float(((weight * square).sum() / LENGTH).sqrt())

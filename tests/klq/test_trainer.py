@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop promises around its updates: evaluation, metrics, text in and out, bad numbers."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from klq import KLQConfig, KLQTrainer
+from klq.logging import METRICS, SAMPLES, read_jsonl
+
+ALWAYS = {
+    "update", "episode", "lr", "objective/kl", "objective/scores", "objective/rlhf_reward",
+    "objective/entropy", "klq/residual_rms", "klq/q_explained_variance", "klq/grad_norm_policy",
+    "klq/grad_norm_value", "grad_norm", "completions/mean_length", "completions/truncated",
+    "rewards/token_sum", "tokens/s", "time/rollout", "time/rewards", "time/measure", "time/update",
+}  # fmt: skip
+
+
+def test_metrics_have_the_names_users_know(make_trainer, tmp_path):
+    make_trainer(sample_every=2, num_samples=3).train()
+    rows = read_jsonl(tmp_path / "run" / METRICS)
+    assert [set(row) for row in rows] == [ALWAYS] * 3
+    assert [row["episode"] for row in rows] == [4, 8, 12]
+    row = rows[-1]
+    parts = row["objective/scores"] - 0.05 * row["objective/kl"]
+    assert row["objective/rlhf_reward"] == pytest.approx(parts)
+    samples = read_jsonl(tmp_path / "run" / SAMPLES)
+    assert [s["update"] for s in samples] == [1] * 3 + [3] * 3
+    assert set(samples[0]) == {"update", "prompt", "completion", "score", "finish_reason"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tau"] == 0.05
+
+
+def test_metrics_are_those_of_literal_sums(make_trainer, script):
+    """Uneven lengths: averages are over tokens and responses that exist, never over padding."""
+    trainer = make_trainer(engine=script([[5], [1, 2, 3, 4, 5, 15], [15], [7, 8, 15]]))
+    with torch.no_grad():
+        trainer.unwrapped.lm.get_output_embeddings().weight.mul_(1.3)
+    batch, metrics = trainer.step()
+    rho, entropy = [], []
+    for row, ids in enumerate(batch.rollout.response_ids):
+        start = batch.prompt_lengths[row]
+        tokens = batch.tokens[row : row + 1, : start + len(ids)]
+        with torch.no_grad():
+            hidden = trainer.reference.lm.base_model(tokens).last_hidden_state[0, start - 1 : -1]
+            reference = trainer.reference.lm.get_output_embeddings()(hidden)
+        policy, reference = (1.3 * reference).log_softmax(-1), reference.log_softmax(-1)
+        index = torch.tensor(ids)[:, None]
+        rho.append(float((policy - reference).gather(1, index).sum()))
+        entropy += (-(policy.exp() * policy).sum(-1)).tolist()
+    assert metrics["objective/kl"] == pytest.approx(sum(rho) / 4, rel=1e-4)
+    assert metrics["objective/entropy"] == pytest.approx(sum(entropy) / 11, rel=1e-4)
+    assert metrics["completions/mean_length"] == 11 / 4
+    a, on = batch.stored["advantages"][batch.mask], batch.mask
+    target = (0.05 * 0 + batch.stored["old_values"])[on] + a
+    assert batch.stored["advantages"][~on].abs().sum() == 0 and target.shape == (11,)
+
+
+def test_first_residual_is_alpha_times_the_advantage(make_trainer, script):
+    trainer = make_trainer(engine=script([[5, 15]] * 4), update_epochs=1, alpha=0.5)
+    batch, metrics = trainer.step()
+    rms = 0.5 * batch.stored["advantages"][batch.mask].pow(2).mean().sqrt()
+    assert metrics["klq/residual_rms"] == pytest.approx(float(rms), rel=1e-5)
+
+
+def test_evaluation_does_not_disturb_training(make_trainer, tmp_path):
+    held_out = {"eval_dataset": [{"prompt": [i, 2]} for i in range(6)]}
+    plain = make_trainer(output_dir=str(tmp_path / "a"))
+    plain.train()
+    watched = make_trainer(output_dir=str(tmp_path / "b"), eval_every=2, trainer_kwargs=held_out)
+    watched.train()
+    rows = read_jsonl(tmp_path / "b" / METRICS)
+    assert ["eval/scores" in row for row in rows] == [False, True, False]
+    assert rows[1]["eval/completions/mean_length"] > 0
+    pairs = zip(plain.unwrapped.parameters(), watched.unwrapped.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert watched.evaluate() == watched.evaluate()
+    with pytest.raises(ValueError, match="eval_every needs an eval_dataset"):
+        make_trainer(eval_every=1)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_before_a_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(save_every=1)
+    learn = trainer.learn
+
+    def explode(batch):
+        if trainer.update == 1:
+            batch.stored["advantages"] *= float("inf")
+        return learn(batch)
+
+    trainer.learn = explode
+    with pytest.raises(FloatingPointError, match=r"update 2: .* not finite"):
+        trainer.train()
+    assert not (tmp_path / "run" / "checkpoint-000002").exists()
+    make_trainer(save_every=1).train(resume=True)
+
+
+def test_messages_become_messages_for_the_reward(make_trainer, tiny, tmp_path):
+    words = {f"w{i}": i for i in range(14)} | {"[PAD]": 14, "[EOS]": 15}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", eos_token="[EOS]", unk_token="w0"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}w9{% endif %}"
+    )
+
+    def reward(prompts, completions, completion_ids, level, **columns):
+        assert prompts[0] == [{"role": "user", "content": "w1 w2"}] and level == [3] * 4
+        assert [m["role"] for m in completions[0]] == ["assistant"] and not columns
+        assert "[EOS]" not in completions[0][0]["content"]
+        return [float(len(ids)) for ids in completion_ids]
+
+    rows = [{"prompt": [{"role": "user", "content": "w1 w2"}], "level": 3}]
+    args = KLQConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_completion_length=5,
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = KLQTrainer(tiny(), [reward], args, rows, processing_class=tokenizer)
+    batch, _ = trainer.step()
+    assert batch.tokens[0, :3].tolist() == [1, 2, 9] and batch.prompt_lengths == [3] * 4
+    trainer.save()
+    assert (tmp_path / "checkpoint-000001" / "tokenizer_config.json").exists()
+
+
+def test_sample_table_and_progress_are_shown(make_trainer, capsys):
+    make_trainer(disable_tqdm=False, sample_every=1).train()
+    out, err = capsys.readouterr()
+    assert "samples at update 3: score | prompt | completion" in out + err
+    assert "residual=" in err and "kl=" in err and "reward=" in err
