@@ -19,8 +19,11 @@ DEFAULT_CHUNK_BYTES = 512 << 20
 
 def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
     """Casts as F.linear does under autocast; otherwise the three dtypes must agree."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if name != "bias" or x is not None:
+            check.floating(op, name, x)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -46,8 +49,6 @@ def inputs(
     **others: Tensor | None,
 ) -> Tensor | None:
     """Checks shared by the linear ops; returns `mask` as bool."""
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        check.floating(op, name, x)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: hidden must be [..., D] and weight [V, D], got {check.shape_of(hidden)} and "
@@ -56,7 +57,6 @@ def inputs(
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must be [V, D] with V >= 1, got {check.shape_of(weight)}")
     if bias is not None:
-        check.floating(op, "bias", bias)
         check.has_shape(op, "bias", bias, weight.shape[:1], "weight without D")
     check.actions(op, actions, hidden.shape[:-1], "hidden without D")
     use = check.mask(op, mask, actions.shape, "actions")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: explicit argument > use_backend > KLQ_BACKEND > best for the device."""
+
+import pytest
+import torch
+
+from klq_kernels import _dispatch, available_backends, build_info, token_logprobs, use_backend
+from klq_kernels._dispatch import TABLE, resolve
+from klq_kernels._registry import SPECS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("KLQ_BACKEND", raising=False)
+
+
+def test_precedence(monkeypatch):
+    assert resolve("token_logprobs", CPU) == "cpp"
+    monkeypatch.setenv("KLQ_BACKEND", "reference")
+    assert resolve("token_logprobs", CPU) == "reference"
+    with use_backend("cpp"):
+        assert resolve("token_logprobs", CPU) == "cpp"
+        assert resolve("token_logprobs", CPU, "reference") == "reference"
+        with use_backend("reference"):
+            assert resolve("token_logprobs", CPU) == "reference"
+        assert resolve("token_logprobs", CPU) == "cpp"
+    assert resolve("token_logprobs", CPU) == "reference"
+    monkeypatch.setenv("KLQ_BACKEND", "")
+    assert resolve("token_logprobs", CPU) == "cpp"
+
+
+def test_use_backend_ends_with_its_block_also_on_an_error():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert resolve("gae", CPU) == "cpp"
+
+
+def test_the_choice_reaches_the_op(monkeypatch):
+    called = []
+    op = torch.ops.klq.token_logprobs
+
+    class Spy:
+        def default(self, *args):
+            called.append("cpp")
+            return op.default(*args)
+
+    monkeypatch.setattr(torch.ops.klq, "token_logprobs", Spy())
+    z, a = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    token_logprobs(z, a, backend="reference")
+    assert called == []
+    token_logprobs(z, a)
+    assert called == ["cpp"]
+
+
+@pytest.mark.parametrize("how", ["argument", "context", "environment"])
+def test_unknown_backends(monkeypatch, how):
+    with pytest.raises(ValueError, match="fast.*choose one of"):  # noqa: RUF043
+        if how == "argument":
+            resolve("gae", CPU, "fast")
+        elif how == "context":
+            use_backend("fast").__enter__()
+        else:
+            monkeypatch.setenv("KLQ_BACKEND", "fast")
+            resolve("gae", CPU)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_an_explicit_request_never_falls_back(op):
+    """No kernel for the tensors' device, or none in this build: an error that says what to do."""
+    for backend in ("cuda", "triton"):
+        if "cpu" in TABLE[op].get(backend, ()):
+            continue
+        with pytest.raises(RuntimeError, match=rf"{op}: backend '{backend}'") as caught:
+            resolve(op, CPU, backend)
+        message = str(caught.value)
+        assert any(
+            remedy in message for remedy in ("rebuild", "available there", "no CUDA", "Triton")
+        )
+
+
+def test_missing_cuda_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(_dispatch, "build_info", lambda: {**build_info(), "cuda": None})
+    with pytest.raises(RuntimeError, match="KLQ_CUDA=1"):
+        resolve("gae", torch.device("cuda"), "cuda")
+    monkeypatch.setattr(_dispatch, "build_info", lambda: {**build_info(), "cuda": "13.0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        resolve("gae", torch.device("cuda"), "cuda")
+
+
+def test_other_devices_take_the_reference():
+    assert resolve("gae", torch.device("meta")) == "reference"
+
+
+def test_available_backends_says_why_not():
+    found = available_backends()
+    assert set(found) == set(_dispatch.BACKENDS)
+    assert found["reference"] is True and found["cpp"] is True
+    assert all(x is True or (isinstance(x, str) and x) for x in found.values())
+
+
+def test_every_op_of_the_table_is_registered():
+    assert set(TABLE) == set(SPECS)
+    for name in TABLE:
+        assert hasattr(torch.ops.klq, name), name
