@@ -133,13 +133,10 @@ class KLQTrainer:
             temperature=args.temperature,
             generation_kwargs=args.generation_kwargs,
         )
+        self.device = self.accelerator.device
         self.update = 0  # updates done
         self.consumed = 0  # prompts used by all processes
         self.saved: int | None = None  # the update of the newest checkpoint
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
 
     def train(self, resume: bool = False) -> None:
         """Run to `num_updates`; leaves metrics, samples, checkpoints and curves.png in output_dir.
