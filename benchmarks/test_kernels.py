@@ -67,24 +67,28 @@ def test_klq_loss(benchmark, batch, side):
     assert abs(loss.item() - truth.item()) < 1e-5
 
 
-def eager_returns(log_ratios, values, rewards, tau, gamma=1.0, lam=0.95):
-    """The loop over time of eager trainers."""
+def eager_returns(log_ratios, values, rewards, mask, tau, gamma=1.0, lam=0.95):
+    """The loop over time that trainers run: inactive tokens pass value and advantage on."""
     q = tau * log_ratios + values
     after, advantage, advantages = torch.zeros(len(q)), torch.zeros(len(q)), []
     for t in reversed(range(q.shape[1])):
         delta = rewards[:, t] + gamma * after - q[:, t]
-        advantage = delta + gamma * lam * advantage
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        after = torch.where(mask[:, t], values[:, t], after)
         advantages.append(advantage)
-        after = values[:, t]
     advantages = torch.stack(advantages[::-1], 1)
-    return q, advantages, q + advantages
+    return [torch.where(mask, x, 0.0) for x in (q, advantages, q + advantages)]
 
 
-@pytest.mark.parametrize("side", [eager_returns, klq.lambda_returns], ids=["eager", "klq"])
+def klq_returns(log_ratios, values, rewards, mask, tau):
+    return klq.lambda_returns(log_ratios, values, rewards, tau=tau, mask=mask)
+
+
+@pytest.mark.parametrize("side", [eager_returns, klq_returns], ids=["eager", "klq"])
 def test_lambda_returns(benchmark, side):
     torch.manual_seed(0)
-    inputs = tuple(torch.randn(3, 64, 1024))
-    benchmark.group = "lambda_returns, (64, 1024), float32"
+    inputs = *torch.randn(3, 64, 1024), torch.rand(64, 1024) < 0.9
+    benchmark.group = "lambda_returns, (64, 1024), float32, 10 % masked"
     result = benchmark.pedantic(
         side,
         inputs,
@@ -93,6 +97,6 @@ def test_lambda_returns(benchmark, side):
         warmup_rounds=3,
         iterations=1 if side is eager_returns else 20,
     )
-    truth = eager_returns(*(x.double() for x in inputs), tau=0.05)
+    truth = eager_returns(*(x.double() for x in inputs[:3]), inputs[3], tau=0.05)
     for ours, exact in zip(result, truth, strict=True):
         assert (ours - exact).abs().max() < 1e-4

@@ -14,8 +14,7 @@ namespace baseline {
 #undef KLQ_LANES
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define KLQ_X86_TARGETS 1
+#ifdef KLQ_X86_TARGETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -100,41 +99,39 @@ static const Math<double> table = {read,    write,     scale,        slope,    m
 
 }  // namespace portable
 
-namespace {
-struct Chosen {
-  const Math<float>* table = &baseline::table;
-  const char* name = "baseline";
-  Chosen() {
+Isa isa() {
+  static const Isa best = [] {
 #ifdef KLQ_X86_TARGETS
     __builtin_cpu_init();
-    const char* limit = std::getenv("KLQ_CPU_ISA");  // for tests: baseline or avx2
-    bool any = limit == nullptr;
-    bool want512 = any, want2 = any || std::strcmp(limit, "avx2") == 0;
-    if (want512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      table = &avx512::table;
-      name = "avx512";
-    } else if (want2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      table = &avx2::table;
-      name = "avx2";
-    }
+    const char* limit = std::getenv("KLQ_CPU_ISA");
+    const bool up_to_avx2 = limit && std::strcmp(limit, "avx2") == 0;
+    if (!limit && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return Isa::avx512;
+    if ((!limit || up_to_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return Isa::avx2;
 #endif
-  }
-};
-const Chosen& chosen() {
-  static const Chosen instance;
-  return instance;
+    return Isa::baseline;
+  }();
+  return best;
 }
-}  // namespace
+
+const char* isa_name() {
+  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  return names[int(isa())];
+}
 
 template <>
 const Math<float>& math<float>() {
-  return *chosen().table;
+#ifdef KLQ_X86_TARGETS
+  if (isa() == Isa::avx512) return avx512::table;
+  if (isa() == Isa::avx2) return avx2::table;
+#endif
+  return baseline::table;
 }
 template <>
 const Math<double>& math<double>() {
   return portable::table;
 }
-const char* isa_name() { return chosen().name; }
 
 }  // namespace klq

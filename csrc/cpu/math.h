@@ -7,6 +7,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KLQ_X86_TARGETS 1
+#endif
+
 namespace klq {
 
 constexpr int64_t kBlock = 1024;  // a float block and its copy stay in the first-level cache
@@ -31,7 +35,7 @@ struct Math {
   void (*scale)(W* x, int64_t n, Scaling s);
   // product *= d scaled(x) / dx at the logits x, under a softcap; 0 at -inf
   void (*slope)(const W* logit, W* product, int64_t n, Scaling s);
-  W (*max)(const W* x, int64_t n);                                   // -inf for n = 0
+  W (*max)(const W* x, int64_t n);  // -inf for n = 0
   // sum exp(x - m); terms of x = -inf are 0
   double (*sum_exp)(const W* x, int64_t n, W m);
   // sum exp(x - m) * (x - m), terms of x = -inf are 0
@@ -45,6 +49,9 @@ struct Math {
 template <class W>
 const Math<W>& math();
 
+// The best instruction set this machine and KLQ_CPU_ISA (baseline, avx2) allow.
+enum class Isa : uint8_t { baseline, avx2, avx512 };
+Isa isa();
 const char* isa_name();
 
 }  // namespace klq

@@ -168,11 +168,11 @@ static void slope(const float* logit, float* product, int64_t n, Scaling s) {
     return y * (4.0f * e / (d * d) / t);
   };
   int64_t i = 0;
-  for (; i + L <= n; i += L)
-    store(product + i, times_slope(load(logit + i), load(product + i)));
+  for (; i + L <= n; i += L) store(product + i, times_slope(load(logit + i), load(product + i)));
   if (i < n)
     store_tail(product + i,
-               times_slope(load_tail(logit + i, n - i, 0), load_tail(product + i, n - i, 0)), n - i);
+               times_slope(load_tail(logit + i, n - i, 0), load_tail(product + i, n - i, 0)),
+               n - i);
 }
 
 static float max(const float* x, int64_t n) {

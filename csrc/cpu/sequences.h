@@ -35,7 +35,8 @@ struct Sequences {
 template <class W>
 void scan_all(const Scan<W>& scan_args, const Sequences& seqs, double lam, const Array<W>& lam_rows,
               const Array<W>& bootstrap) {
-  constexpr int K = 4;
+  constexpr int K = kScanRows;
+  const ScanFunction<W> scan = scan_function<W>();
   if (seqs.ends) {  // tokens in no sequence
     for (W* out : {scan_args.q, scan_args.advantages, scan_args.returns})
       if (out) std::fill(out, out + seqs.tokens, W(0));
@@ -52,10 +53,7 @@ void scan_all(const Scan<W>& scan_args, const Sequences& seqs, double lam, const
         l[j] = lam_rows ? double(lam_rows[s + j]) : lam;
         carry[j] = bootstrap ? double(bootstrap[s + j]) : 0.0;
       }
-      if (k == K)
-        scan<K>(scan_args, begin, seqs.length, l, carry);
-      else
-        scan<1>(scan_args, begin, seqs.size(s), l, carry);
+      scan(k, scan_args, begin, seqs.size(s), l, carry);
       s += k;
     }
   });
