@@ -131,18 +131,21 @@ def look_at_values(*tensors: Tensor | None) -> bool:
     return all(x.device.type == "cpu" for x in present)
 
 
-def action_values(op: str, x: Tensor, use: Tensor | None, vocabulary: int) -> None:
-    """IndexError for an active id outside [0, V); inactive ids may be anything."""
+def action_values(op: str, x: Tensor, use: Tensor | None, vocabulary: int | None) -> None:
+    """IndexError for an active id outside [0, V); inactive ids may be anything.
+
+    V is None where only a slice of the vocabulary is known: then negative ids are refused.
+    """
     if not look_at_values(x, use):
         return
-    bad = (x < 0) | (x >= vocabulary)
+    bad = x < 0 if vocabulary is None else (x < 0) | (x >= vocabulary)
     if use is not None:
         bad = bad & use
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
         raise IndexError(
             f"{op}: actions{where} = {int(x[tuple(where)])} is outside the vocabulary "
-            f"[0, {vocabulary})"
+            f"[0, {'V' if vocabulary is None else vocabulary})"
         )
 
 

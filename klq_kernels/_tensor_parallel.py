@@ -28,13 +28,21 @@ class Shard(NamedTuple):
         return torch.where((ids >= 0) & (ids < self.size), ids, -1)
 
 
-def shard(op: str, tp_group, size: int, device: torch.device) -> Shard:
-    """`tp_group` is (group, vocab_start), or a group alone for equal slices in rank order."""
+def several(op: str, tp_group):
+    """`tp_group`, or None where one rank holds the whole vocabulary and nothing is to be merged."""
+    if tp_group is None:
+        return None
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"{op}: tp_group needs an initialised process group; "
             "call torch.distributed.init_process_group first"
         )
+    group = tp_group[0] if isinstance(tp_group, tuple) else tp_group
+    return None if dist.get_world_size(group) == 1 else tp_group
+
+
+def shard(tp_group, size: int) -> Shard:
+    """`tp_group` is (group, vocab_start), or a group alone for equal slices in rank order."""
     if isinstance(tp_group, tuple):
         group, start = tp_group
         return Shard(group, int(start), size, None)
@@ -60,12 +68,13 @@ def local_rows(logits, ids, mask, temperature, softcap, backend) -> Tensor:
 
 
 def merge(rows: Tensor, ids: Tensor, mask: Tensor | None, group) -> tuple[Tensor, Tensor]:
-    """Log-probs and the global (max, rest, z_a) from every rank's local ones."""
+    """Log-probs and the global (max, rest, z_a) from every rank's local ones, formed in float64 as
+    the kernels do, so that one rank gives their bits."""
     packed = rows.clone()
     packed[2] = packed[2].masked_fill(ids < 0, torch.nan)  # NaN = owned elsewhere
     parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, packed, group=group)
-    largest, rest, z_a = torch.stack(parts, 1)  # each [ranks, ...]
+    largest, rest, z_a = torch.stack(parts, 1).double()  # each [ranks, ...]
     top = largest.amax(0)
     scale = torch.where(largest == -torch.inf, 0.0, (largest - top).exp())
     owned = ~z_a.isnan()
@@ -75,7 +84,7 @@ def merge(rows: Tensor, ids: Tensor, mask: Tensor | None, group) -> tuple[Tensor
     logprobs = torch.where(z_a == top, -rest.log1p(), (z_a - top) - (rest + chosen).log())
     if mask is not None:
         logprobs = torch.where(mask, logprobs, 0.0)
-    return logprobs, torch.stack([top, rest, z_a])
+    return logprobs.to(rows.dtype), torch.stack([top, rest, z_a]).to(rows.dtype)
 
 
 def local_gradient(grad, logits, ids, mask, row_stats, temperature, softcap, backend) -> Tensor:

@@ -93,8 +93,8 @@ def klq_loss(
         if tp_group is not None:
             raise ValueError(f"{OP}: inplace and tp_group exclude each other; drop inplace=True")
         check.consumable(OP, logits)
-    if tp_group is not None:
-        shard = tp.shard(OP, tp_group, logits.shape[-1], logits.device)
+    if (tp_group := tp.several(OP, tp_group)) is not None:
+        shard = tp.shard(tp_group, logits.shape[-1])
         check.action_values(OP, actions, use, shard.vocabulary)
         logprobs = tp.TokenLogprobs.apply(logits, shard.local(actions), use, t, cap, shard, chosen)
         return reference.squared_residuals(logprobs, values, **rest)

@@ -91,7 +91,7 @@ def linear_klq_loss(
         "weights": weights,
         "normalizer": normalizer,
     }
-    if tp_group is not None:
+    if (tp_group := tp.several(OP, tp_group)) is not None:
         logprobs = sharded(
             *(OP, hidden, weight, bias, actions, use, t, cap),
             *(logits_dtype, num_active, tp_group, chosen),

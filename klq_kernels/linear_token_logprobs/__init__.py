@@ -63,7 +63,7 @@ def linear_token_logprobs(
         raise ValueError(f"{OP}: keep_bytes must be >= 0, got {keep_bytes}")
     t, cap = check.scaling(OP, temperature, logit_softcap)
     chosen = resolve(OP, hidden.device, backend)
-    if tp_group is not None:
+    if (tp_group := tp.several(OP, tp_group)) is not None:
         return sharded(
             *(OP, hidden, weight, bias, actions, use, t, cap),
             *(logits_dtype, num_active, tp_group, chosen),
@@ -100,8 +100,8 @@ def sharded(
     op, hidden, weight, bias, actions, use, t, cap, logits_dtype, num_active, tp_group, backend
 ) -> Tensor:
     """Log-probs from a vocabulary slice of the head, composed of differentiable pieces."""
-    shard = tp.shard(op, tp_group, weight.shape[0], hidden.device)
-    check.action_values(op, actions, use, shard.vocabulary or torch.iinfo(torch.int64).max)
+    shard = tp.shard(tp_group, weight.shape[0])
+    check.action_values(op, actions, use, shard.vocabulary)
     logits = reference.head_logits(
         tp.SumGradient.apply(hidden, shard.group), weight, bias, use, logits_dtype
     )

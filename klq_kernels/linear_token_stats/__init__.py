@@ -49,8 +49,9 @@ def linear_token_stats(
     )
     t, cap = check.scaling(OP, temperature, logit_softcap)
     chosen = resolve(OP, hidden.device, backend)
-    if tp_group is not None:
-        shard = tp.shard(OP, tp_group, weight.shape[0], hidden.device)
+    if (tp_group := tp.several(OP, tp_group)) is not None:
+        shard = tp.shard(tp_group, weight.shape[0])
+        check.action_values(OP, actions, use, shard.vocabulary)
         logits = head_logits(hidden, weight, bias, use, logits_dtype)
         stats = tp.stats(logits, shard.local(actions), use, t, cap, shard.group, chosen)
         few = too_few(use, actions.numel(), num_active)

@@ -55,8 +55,8 @@ def token_logprobs(
     use = check.rows(OP, logits, actions, mask)
     t, cap = check.scaling(OP, temperature, logit_softcap)
     chosen = resolve(OP, logits.device, backend)
-    if tp_group is not None:
-        shard = tp.shard(OP, tp_group, logits.shape[-1], logits.device)
+    if (tp_group := tp.several(OP, tp_group)) is not None:
+        shard = tp.shard(tp_group, logits.shape[-1])
         check.action_values(OP, actions, use, shard.vocabulary)
         return tp.TokenLogprobs.apply(logits, shard.local(actions), use, t, cap, shard, chosen)
     check.action_values(OP, actions, use, logits.shape[-1])
