@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariances of the row ops on drawn shapes and contents (those of the scan are with its tests)."""
+"""Invariances of the row ops on drawn shapes and contents; those of the scan are beside it."""
 
 import pytest
 import torch
