@@ -146,7 +146,7 @@ def test_compile_inplace():
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("klq_loss", {"inplace": True}), ("linear_klq_loss", {})]
+    ("name", "more"), [("klq_loss", {}), ("klq_loss", {"inplace": True}), ("linear_klq_loss", {})]
 )
 def test_compiled_second_backward_repeats_or_raises(name, more):
     """Rule 12: a gradient handed over is never silently scaled twice, compiled or not."""
