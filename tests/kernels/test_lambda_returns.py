@@ -66,10 +66,11 @@ def test_case_12_long_rows(device, backend, length):
     rho, v, r, boot, mask = batch(2, length, device)
     how = {"tau": 0.3, "gamma": 0.99, "alpha": 0.5}
     out = lambda_returns(rho, v, r, mask=mask, bootstrap=boot, backend=backend, lam=0.9, **how)
-    wide = [x.double() for x in (rho, v, r)]
-    truth = lambda_returns(*wide, mask=mask, bootstrap=boot, lam=0.9, backend="cpp", **how)
+    wide = [x.double().cpu() for x in (rho, v, r)]
+    there = {"mask": mask.cpu(), "bootstrap": boot.cpu()}
+    truth = lambda_returns(*wide, **there, lam=0.9, backend="cpp", **how)
     for got, want in zip(out, truth, strict=True):
-        assert (got - want).abs().max() <= 1e-5
+        assert (got.cpu() - want).abs().max() <= 1e-5
 
 
 @places
