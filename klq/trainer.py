@@ -52,7 +52,7 @@ class KLQTrainer:
     """Trains a causal language model to maximise reward - tau * KL(policy || reference).
 
     model: name or path of a model, or a transformers causal LM (trained in place).
-    reward_funcs: one function or several; `klq.rewards` has the signature and the rules.
+    reward_funcs: functions, reward models or paths of those, one or several: `klq.rewards`.
     args: the configuration.
     train_dataset, eval_dataset: rows with a prompt; `klq.data.Prompts` has the forms.
     processing_class: the tokenizer; None loads that of a model given by name, or does without
@@ -70,7 +70,7 @@ class KLQTrainer:
     def __init__(
         self,
         model: str | nn.Module,
-        reward_funcs: Callable | list[Callable],
+        reward_funcs: Callable | str | list[Callable | str],
         args: KLQConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -95,8 +95,12 @@ class KLQTrainer:
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
+        self.device = self.accelerator.device
 
         policy = load_policy(model, peft_config)
+        self.rewards.prepare(
+            policy, processing_class, self.device, args.per_device_train_batch_size
+        )
         room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         room = None if room is None else room - args.max_completion_length
         keep = args.max_prompt_length
@@ -133,7 +137,6 @@ class KLQTrainer:
             temperature=args.temperature,
             generation_kwargs=args.generation_kwargs,
         )
-        self.device = self.accelerator.device
         self.update = 0  # updates done
         self.consumed = 0  # prompts used by all processes
         self.saved: int | None = None  # the update of the newest checkpoint
@@ -192,10 +195,8 @@ class KLQTrainer:
         learned = self._sum(self.learn(batch))
         clock.lap("update")
 
-        self.update, self.consumed = (
-            self.update + 1,
-            self.consumed + count * accelerator.num_processes,
-        )
+        self.update += 1
+        self.consumed += count * accelerator.num_processes
         metrics = {"update": self.update, "episode": self.consumed, "lr": group["lr"]}
         metrics |= objective_metrics(measured, args.tau)
         metrics |= update_metrics(learned, accelerator.num_processes)
@@ -217,7 +218,7 @@ class KLQTrainer:
         prompts, columns = columns_of(rows)
         completions = completions_of(self.processing_class, prompts, rollout.response_ids)
         batch.scores, batch.reward_sums = self.rewards(
-            prompts, completions, rollout.response_ids, columns
+            prompts, completions, rollout.response_ids, columns, prompt_ids
         )
         if self.args.missing_eos_penalty is not None:
             for i, cut in enumerate(batch.truncated):

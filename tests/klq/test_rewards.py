@@ -80,6 +80,6 @@ def test_wrong_functions_and_weights():
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         Rewards([])
     with pytest.raises(TypeError, match="must be functions"):
-        Rewards(["length"])
+        Rewards([3])
     with pytest.raises(ValueError, match="2 entries for 1 functions"):
         Rewards(len, [1.0, 2.0])
