@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -130,9 +131,16 @@ def update_metrics(sums: dict[str, float], processes: int) -> dict[str, float]:
 
 
 class RunLog:
-    """Files, progress bar and sample table of the main process; silent on the others.
+    """Files, progress and sample table of the main process; silent on the others.
 
     update: the update the run stands at; 0 for a new run.
+
+    Progress goes to stderr: on a terminal a bar that is drawn over, anywhere else (a file, a
+    scheduler's log) plain lines, for the first update, for every tenth of the run and for the last:
+
+        update 40/400: reward=0.512 kl=0.131 residual=0.0187, 1.93 s/update
+
+    with the time of an update, its evaluation and checkpoint included, since the line before.
     """
 
     def __init__(self, args: KLQConfig, update: int, *, main: bool) -> None:
@@ -144,12 +152,16 @@ class RunLog:
             for name in (METRICS, SAMPLES):
                 cut_jsonl(self.directory / name, update)
                 self.files[name] = open(self.directory / name, "a")  # noqa: SIM115
+        shown, terminal = main and not args.disable_tqdm, sys.stderr.isatty()
         self.bar = tqdm(
             total=args.num_updates,
             initial=update,
             unit="update",
-            disable=args.disable_tqdm or not main,
+            disable=not (shown and terminal),
         )
+        self.plain = shown and not terminal
+        self.lines_every = math.ceil(args.num_updates / 10)
+        self.first, self.told = update + 1, (update, time.perf_counter())
 
     def __enter__(self) -> RunLog:
         return self
@@ -160,11 +172,20 @@ class RunLog:
             file.close()
 
     def metrics(self, metrics: dict[str, float]) -> None:
-        """Write one update's line and move the progress bar."""
+        """Write one update's line and show the progress."""
         self._write(METRICS, metrics)
+        names = {"reward": "objective/scores", "kl": "objective/kl", "residual": "klq/residual_rms"}
+        shown = {k: f"{metrics[v]:.3g}" for k, v in names.items() if v in metrics}
         self.bar.update()
-        shown = {"reward": "objective/scores", "kl": "objective/kl", "residual": "klq/residual_rms"}
-        self.bar.set_postfix({k: f"{metrics[v]:.3g}" for k, v in shown.items() if v in metrics})
+        self.bar.set_postfix(shown)
+        update, total = metrics["update"], self.args.num_updates
+        due = update in (self.first, total) or update % self.lines_every == 0
+        if self.plain and due:
+            (before, then), now = self.told, time.perf_counter()
+            self.told = update, now
+            text = " ".join(f"{k}={v}" for k, v in shown.items())
+            pace = f"{(now - then) / (update - before):.3g} s/update"
+            print(f"update {update}/{total}: {text}, {pace}", file=sys.stderr, flush=True)
 
     def samples(self, update: int, samples: list[dict[str, Any]]) -> None:
         """Write samples (prompt, completion, score, finish_reason) and show them as a table."""

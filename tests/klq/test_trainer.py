@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the loop promises around its updates: evaluation, metrics, text in and out, bad numbers."""
 
+import itertools
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from klq import KLQConfig, KLQTrainer
-from klq.logging import METRICS, SAMPLES, read_jsonl
+from klq.logging import METRICS, SAMPLES, RunLog, read_jsonl
 
 ALWAYS = {
     "update", "episode", "lr", "objective/kl", "objective/scores", "objective/rlhf_reward",
@@ -127,8 +132,59 @@ def test_messages_become_messages_for_the_reward(make_trainer, tiny, tmp_path):
     assert (tmp_path / "checkpoint-000001" / "tokenizer_config.json").exists()
 
 
-def test_sample_table_and_progress_are_shown(make_trainer, capsys):
+def plain_lines(err):
+    """Updates of the plain progress lines; every line must be whole, and there is no bar."""
+    assert "it/s, " not in err and "update/s" not in err and "?update" not in err
+    lines = [line for line in err.splitlines() if line.startswith("update ")]
+    number = r"-?\d\S*"
+    whole = rf"update (\d+)/\d+: reward={number} kl={number} residual={number}, {number} s/update"
+    return [int(re.fullmatch(whole, line).group(1)) for line in lines]
+
+
+def test_sample_table_and_plain_lines_where_there_is_no_terminal(make_trainer, capsys):
     make_trainer(disable_tqdm=False, sample_every=1).train()
     out, err = capsys.readouterr()
     assert "samples at update 3: score | prompt | completion" in out + err
-    assert "residual=" in err and "kl=" in err and "reward=" in err
+    assert plain_lines(err) == [1, 2, 3]
+
+
+def test_plain_lines_are_few_and_those_of_the_run_resumed(make_trainer, capsys):
+    make_trainer(disable_tqdm=False, num_updates=25, save_every=10, update_epochs=1).train()
+    assert plain_lines(capsys.readouterr().err) == [1, 3, 6, 9, 12, 15, 18, 21, 24, 25]
+    make_trainer(disable_tqdm=False, num_updates=45, update_epochs=1).train(resume=True)
+    assert plain_lines(capsys.readouterr().err) == [26, 30, 35, 40, 45]
+
+
+def test_plain_line_tells_the_time_since_the_line_before(make_trainer, capsys, monkeypatch):
+    clock = itertools.count(0, 8)  # seconds: 8 pass from one reading to the next
+    args = make_trainer(disable_tqdm=False, num_updates=40).args
+    Path(args.output_dir).mkdir()
+    with monkeypatch.context() as patched, RunLog(args, 0, main=True) as run_log:
+        run_log.told = 0, 0.0
+        patched.setattr("klq.logging.time.perf_counter", lambda: float(next(clock)))
+        next(clock)
+        for update in range(1, 9):
+            run_log.metrics({"update": update, "objective/scores": 0.25, "objective/kl": -1e-9})
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "update 1/40: reward=0.25 kl=-1e-09, 8 s/update"
+    assert second.startswith("update 4/40: ") and second.endswith(", 2.67 s/update")
+    assert third.startswith("update 8/40: ") and third.endswith(", 2 s/update")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_terminal_gets_the_bar_and_no_plain_line(make_trainer, capsys, monkeypatch, quiet):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    make_trainer(disable_tqdm=quiet).train()
+    err = capsys.readouterr().err
+    assert ("3/3" in err and "residual=" in err and "\r" in err) == (not quiet)
+    assert "update 1/3" not in err
+
+
+def test_command_line_into_a_file_is_plain(tmp_path):
+    flags = ["--preset", "exact", "--output_dir", str(tmp_path / "run"), "--num_updates", "20",
+             "--per_device_train_batch_size", "8", "--sample_every", "0", "--use_cpu"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "klq.cli", "train", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert plain_lines(done.stderr) == [1, *range(2, 21, 2)] and "\r" not in done.stderr
