@@ -16,14 +16,11 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -38,6 +35,7 @@ from klq.checkpoint import (
 )
 from klq.config import KLQConfig
 from klq.data import Batch, Prompts, Rows, columns_of, completions_of, stacked
+from klq.engine import make_accelerator, start_trackers
 from klq.logging import Clock, RunLog, add_sums, objective_metrics, spread, update_metrics
 from klq.model import PolicyValueModel, adamw, frozen, is_peft, load_policy, with_value
 from klq.objective import klq_advantages, klq_objective, token_stats
@@ -85,24 +83,15 @@ class KLQTrainer:
         if processing_class is None and isinstance(model, str):
             processing_class = AutoTokenizer.from_pretrained(model)
         self.processing_class = processing_class
-        trackers = set(map(str, get_available_trackers()))
-        for name in args.report_to:
-            if name not in trackers:
-                raise ValueError(f"report_to={name!r} is not installed or unknown to Accelerate")
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if args.bf16 else "no",
-            cpu=args.use_cpu,
-            log_with=args.report_to or None,
-            project_dir=args.output_dir,
-        )
+        self.accelerator = make_accelerator(args)
         self.device = self.accelerator.device
 
         policy = load_policy(model, peft_config)
         self.rewards.prepare(
             policy, processing_class, self.device, args.per_device_train_batch_size
         )
-        room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-        room = None if room is None else room - args.max_completion_length
+        self.context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        room = None if self.context is None else self.context - args.max_completion_length
         keep = args.max_prompt_length
         prompts = partial(Prompts, tokenizer=processing_class, room=room, keep=keep, seed=args.seed)
         self.train_prompts = prompts(train_dataset)
@@ -157,7 +146,7 @@ class KLQTrainer:
         if resume:
             self._load_newest()
         if args.report_to:
-            accelerator.init_trackers(args.run_name or Path(args.output_dir).name, asdict(args))
+            start_trackers(accelerator, args)
         with GracefulInterrupt() as interrupt, RunLog(args, self.update, main=main) as run_log:
             while self.update < args.num_updates and not self._any(interrupt.requested):
                 batch, metrics = self.step()
@@ -213,7 +202,7 @@ class KLQTrainer:
     def sample(self, rows: list[dict], prompt_ids: list[list[int]], clock: Clock) -> Batch:
         """Responses to `prompt_ids`, scored."""
         rollout = self.rollout_engine.generate(prompt_ids)
-        batch = Batch.of(prompt_ids, rollout, self.device)
+        batch = Batch.of(prompt_ids, rollout, self.device, self.context)
         clock.lap("rollout")
         prompts, columns = columns_of(rows)
         completions = completions_of(self.processing_class, prompts, rollout.response_ids)
