@@ -159,9 +159,27 @@ class Batch:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
-    def of(prompt_ids: list[list[int]], rollout: Rollout, device: torch.device) -> Batch:
+    def of(
+        prompt_ids: list[list[int]],
+        rollout: Rollout,
+        device: torch.device,
+        context: int | None = None,
+    ) -> Batch:
+        """`rollout` as tensors. ValueError if it is malformed, or a row exceeds `context` tokens.
+
+        context: the model's positions (None: no limit). Beyond them a learned position embedding
+            stops the process with an index error, and a rotary one goes on with nonsense.
+        """
         rollout.check(len(prompt_ids))
         responses = rollout.response_ids
+        for row, (p, r) in enumerate(zip(prompt_ids, responses, strict=True)):
+            if context is not None and len(p) + len(r) > context:
+                raise ValueError(
+                    f"rollout {row}: a prompt of {len(p)} and a response of {len(r)} tokens (tool "
+                    f"and user turns included) do not fit the model's {context} positions; let the "
+                    "rollout engine end the dialogue or cut tool results earlier, or lower "
+                    "max_completion_length or max_prompt_length"
+                )
         masks = rollout.response_masks or [[True] * len(ids) for ids in responses]
         width = max(len(p) + len(r) for p, r in zip(prompt_ids, responses, strict=True))
         longest = max(1, *(len(r) for r in responses))

@@ -121,6 +121,31 @@ def test_two_turn_tool_dialogue(make_trainer, script):
     assert any((a != b).any() for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
 
 
+def test_dialogue_longer_than_the_model_is_an_error_before_any_model_sees_it(
+    make_trainer, script, tmp_path
+):
+    """Each turn of the policy keeps max_completion_length; the tool's answer breaks the limit."""
+    response = [5, 6, *[12] * 26, 7, 15]
+    mask = [True] * 2 + [False] * 26 + [True] * 2
+    engine = script([[5, 15], response, [7, 15], response], masks=[[1, 1], mask, [1, 1], mask])
+    fits = [[1], [1, 2], [3], [4, 5]]
+    trainer = make_trainer(engine=engine, prompts=fits, max_completion_length=2)
+    batch, sums = measured(trainer, fits)  # 2 + 30 tokens: exactly the model's 32 positions
+    assert batch.tokens.shape == (4, 32) and sums["tokens"] == 12
+
+    seen = []
+    for model in (trainer.unwrapped, trainer.reference):
+        model.register_forward_pre_hook(lambda *_: seen.append(1))
+    trainer.rewards = lambda *_: seen.append(1)
+    message = (
+        r"rollout 1: a prompt of 3 and a response of 30 tokens .*tool.* do not fit the model's 32 "
+        r"positions; .* cut tool results"
+    )
+    with pytest.raises(ValueError, match=message):
+        measured(trainer, [[1], [1, 2, 3], [3], [4, 5]])
+    assert not seen
+
+
 def test_tool_tokens_have_no_gradient(make_trainer, script):
     """Whatever the log-prob of a tool's token does, the loss does not notice."""
     grads = []
