@@ -138,7 +138,6 @@ def _train(flags: dict[str, Any]) -> int:
         raise _Stop(error, 1) from error
     if main_process:
         print(f"curves: {out / 'curves.png'}")
-        print(f"checkpoint: {out / f'checkpoint-{trainer.update:06d}'}")
     return 0
 
 

@@ -133,6 +133,7 @@ class KLQTrainer:
     def train(self, resume: bool = False) -> None:
         """Run to `num_updates`; leaves metrics, samples, checkpoints and curves.png in output_dir.
 
+        The last line it prints, `model: DIRECTORY`, is what AutoModelForCausalLM loads.
         resume: continue from the newest checkpoint; with none there, begin at the beginning. Build
             the trainer as for the first run: the reference is the model it is given.
         Ctrl-C finishes the update, saves and raises KeyboardInterrupt.
@@ -164,6 +165,7 @@ class KLQTrainer:
             tracker.finish()
         if main:
             plot_runs([args.output_dir], Path(args.output_dir) / "curves.png")
+            print(f"model: {checkpoints(args.output_dir)[-1]}")
         if self.update < args.num_updates:
             raise KeyboardInterrupt
 

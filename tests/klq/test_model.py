@@ -64,12 +64,34 @@ def test_case_81_missing_or_mismatched_head_is_an_error(make_trainer, tiny, tmp_
         make_trainer(num_updates=3).train(resume=True)
 
 
-def test_checkpoint_is_a_model_transformers_can_load(make_trainer, tmp_path):
-    trainer = make_trainer()
+@pytest.mark.parametrize("kind", ["head", "separate", "tied", "lora"])
+def test_printed_checkpoint_is_a_model_transformers_can_load(
+    make_trainer, tiny, tmp_path, capsys, kind
+):
+    """The path as it is printed gives the trained policy, with nothing made up and bit for bit."""
+    lm, kwargs = tiny(), {"value_model": "separate" if kind == "separate" else "head"}
+    if kind == "tied":
+        config = lm.config
+        config.tie_word_embeddings = True
+        lm = type(lm)(config)
+    if kind == "lora":
+        peft = pytest.importorskip("peft")
+        lm.save_pretrained(tmp_path / "base")  # an adapter finds its base by the path it came from
+        lm = str(tmp_path / "base")
+        kwargs["peft_config"] = peft.LoraConfig(r=4, target_modules=["query_key_value"])
+    trainer, tokens = make_trainer(model=lm, trainer_kwargs=kwargs), torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        before = trainer.policy(tokens).logits
     trainer.train()
-    loaded = AutoModelForCausalLM.from_pretrained(checkpoints(tmp_path / "run")[-1])
-    state = trainer.policy.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    lines = capsys.readouterr().out.splitlines()
+    path = lines[-1].removeprefix("model: ")
+    assert path == str(tmp_path / "run" / "checkpoint-000003")
+    loaded, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        found, trained = loaded(tokens).logits, trainer.policy(tokens).logits
+    torch.testing.assert_close(found, trained, rtol=0, atol=0)
+    assert (found - before).abs().max() > 1e-3, "nothing was trained, so nothing is tested"
 
 
 def test_training_moves_the_policy_and_never_the_reference(make_trainer, tiny):
