@@ -50,6 +50,9 @@ class KLQConfig:
     generation_kwargs: Annotated[dict, "further sampling settings (warns)"] = field(
         default_factory=dict
     )
+    stop_token_ids: Annotated[list[int], "these end a response too, next to EOS"] = field(
+        default_factory=list
+    )
     truncation: Annotated[str, "cut responses: score or bootstrap"] = "score"
     missing_eos_penalty: Annotated[float | None, "off the score of a cut response"] = None
     reward_weights: Annotated[list[float] | None, "one a reward function"] = None
@@ -106,6 +109,16 @@ class KLQConfig:
                 raise TypeError(f"{f.name} must be of type {plain.__name__}, got {value!r}")
             if plain is float and not math.isfinite(value):
                 raise ValueError(f"{f.name} must be finite, got {value!r}")
+            for entry in value if plain is list else ():
+                of = get_args(kind)[0]
+                if isinstance(entry, bool) or not isinstance(
+                    entry, (int, float) if of is float else of
+                ):
+                    raise TypeError(
+                        f"{f.name} must be a list of {of.__name__}, got {entry!r} in it"
+                    )
+                if of is float and not math.isfinite(entry):
+                    raise ValueError(f"{f.name} must be finite, got {entry!r}")
 
     def _check_values(self) -> None:
         def choice(name: str, *allowed: str) -> None:
@@ -131,6 +144,7 @@ class KLQConfig:
             need(getattr(self, name) >= 0, name, "0 or more")
         for name in ("temperature", "cliprange", "cliprange_value", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "greater than 0")
+        need(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids, 0 or more")
         need(0 <= self.gamma <= 1, "gamma", "between 0 and 1")
         need(0 <= self.lam <= 1, "lam", "between 0 and 1")
         need(0 < self.alpha <= 1, "alpha", "greater than 0 and at most 1")

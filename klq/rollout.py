@@ -18,6 +18,15 @@ from transformers import GenerationConfig
 
 log = logging.getLogger("klq")
 
+# What changes the distribution a token is drawn from, and nothing else. Where a response ends and
+# how many there are is the engine's business: the masks depend on it.
+SAMPLING_SETTINGS = frozenset({
+    "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
+    "suppress_tokens", "begin_suppress_tokens", "min_new_tokens",
+    "exponential_decay_length_penalty", "renormalize_logits", "remove_invalid_values",
+})  # fmt: skip
+
 
 @dataclass
 class Rollout:
@@ -70,8 +79,10 @@ class HFRollout:
 
     The model's own generation config (top-k, top-p, penalties of a chat model) is set aside while
     sampling: truncated distributions have renormalised log-probs, and the log-ratio enters the KLQ
-    residual linearly. `generation_kwargs` puts a setting back, at the price of a warning.
-    Dropout is off: the trainer keeps the model in eval mode.
+    residual linearly. `generation_kwargs` puts one of SAMPLING_SETTINGS back, at the price of a
+    warning. Dropout is off: the trainer keeps the model in eval mode.
+
+    Raises ValueError if generation_kwargs holds anything else or an impossible value.
     """
 
     def __init__(
@@ -84,6 +95,13 @@ class HFRollout:
         temperature: float,
         generation_kwargs: dict | None = None,
     ) -> None:
+        unknown = sorted(set(generation_kwargs or {}) - SAMPLING_SETTINGS)
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs: {', '.join(unknown)} cannot be set there, only "
+                f"{', '.join(sorted(SAMPLING_SETTINGS))}; ends, lengths and temperature have "
+                "settings of their own (stop_token_ids, max_completion_length, temperature)"
+            )
         if generation_kwargs:
             log.warning(
                 "generation_kwargs %s: log-probs are of the full distribution at this temperature, "
@@ -101,7 +119,16 @@ class HFRollout:
             "pad_token_id": pad_id,
             "disable_compile": True,
         }
-        self.config = GenerationConfig(**{**settings, **(generation_kwargs or {})})
+        try:
+            self.config = GenerationConfig(**{**settings, **(generation_kwargs or {})})
+            if generation_kwargs:
+                # Most values are only looked at when a response is sampled: do it once, unnoticed.
+                self.config.validate(strict=True)
+                devices = [lm.device] if lm.device.type == "cuda" else []
+                with torch.random.fork_rng(devices=devices):
+                    self.generate([[0]])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"generation_kwargs: {' '.join(str(error).split())}") from error
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]]) -> Rollout:

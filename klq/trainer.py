@@ -116,7 +116,7 @@ class KLQTrainer:
         klq, ppo = (klq_advantages, klq_objective), (ppo_advantages, ppo_objective)
         self.advantages, self.objective = klq if args.algorithm == "klq" else ppo
         lm = self.unwrapped.lm
-        eos = eos_ids(processing_class, lm)
+        eos = eos_ids(processing_class, lm) | set(args.stop_token_ids)
         pad_id = getattr(processing_class, "pad_token_id", None)
         self.rollout_engine = rollout_engine or HFRollout(
             lm,

@@ -95,12 +95,37 @@ def test_case_79_samples_follow_the_tempered_distribution(tiny):
     assert (counts / n - p).abs().max() < 4 * (0.25 / n) ** 0.5
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5}])
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5}, {"bad_words_ids": [[3]]}])
 def test_case_79_other_sampling_settings_warn(tiny, caplog, settings):
     logging.getLogger("klq").setLevel(logging.WARNING)
     made = engine(tiny(), **settings)
     assert "bias the log-ratio" in caplog.text and next(iter(settings)) in caplog.text
     assert {k: getattr(made.config, k) for k in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token_id": 3}, "eos_token_id cannot be set there.*stop_token_ids"),
+        ({"stop_strings": ["."], "max_time": 1.0}, "max_time, stop_strings cannot be set"),
+        ({"num_return_sequences": 2}, "num_return_sequences cannot"),
+        ({"top_kk": 5}, "top_kk cannot"),
+        ({"top_k": -1}, "top_k"),
+        ({"bad_words_ids": 3}, "bad_words_ids"),
+    ],
+)
+def test_settings_that_do_more_than_sample_are_refused(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(generation_kwargs=settings)
+
+
+def test_stop_token_ids_end_a_response(make_trainer, tiny):
+    trainer = make_trainer(model=biased(tiny(), 3), stop_token_ids=[3, STOP])
+    rollout = trainer.rollout_engine.generate([[1, 2], [5]])
+    assert (rollout.response_ids, rollout.finish_reasons) == ([[3], [3]], ["stop", "stop"])
+    for bad in ([-1], [3.0], ["w"]):
+        with pytest.raises((ValueError, TypeError), match="stop_token_ids"):
+            make_trainer(stop_token_ids=bad)
 
 
 def test_case_79_log_probs_everywhere_are_of_the_sampling_temperature(make_trainer, tiny):
