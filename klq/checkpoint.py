@@ -10,6 +10,7 @@ before it is deleted, so a directory of that name is whole whenever the process 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -99,7 +100,10 @@ def save_checkpoint(
     accelerator: Any,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `state["update"]`, then delete all but the newest `keep`."""
+    """Write the checkpoint of `state["update"]`, then delete all but the newest `keep`.
+
+    OSError, naming the directory, whatever it is that cannot be written.
+    """
     final = Path(output_dir) / f"checkpoint-{state['update']:06d}"
     temporary = final.with_name(_TEMPORARY + final.name)
     if accelerator.is_main_process:
@@ -123,11 +127,13 @@ def save_checkpoint(
             _to_disk(final.parent, deep=False)
             for old in checkpoints(output_dir)[:-keep]:
                 _delete(old)
-    except OSError as error:
+    except Exception as error:
+        # A full disk is an OSError here, a RuntimeError from torch, safetensors' own error there.
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
         raise OSError(
-            error.errno,
-            f"the checkpoint could not be written ({error.strerror}); earlier ones are whole",
+            getattr(error, "errno", None) or errno.EIO,
+            f"the checkpoint could not be written ({reason}); earlier ones are whole",
             str(final),
         ) from error
     accelerator.wait_for_everyone()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,8 @@ def is_peft(model: nn.Module) -> bool:
 def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
     """The policy in float32 (bfloat16 is a matter of autocast), wrapped by peft if so configured.
 
-    Raises ValueError if the model's logits are not a linear head on its last hidden state.
+    Raises ValueError if the model's logits are not a linear head on its last hidden state, or its
+    generation config is one that transformers refuses to save.
     """
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -141,6 +143,12 @@ def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
             raise ImportError("peft_config needs the package peft: pip install peft") from None
         model = peft.get_peft_model(model, peft_config)
     check_linear_head(PolicyValueModel(model).lm)
+    try:  # now: a mistake in it must not wait for the first checkpoint
+        with tempfile.TemporaryDirectory() as nowhere:
+            PolicyValueModel(model).lm.generation_config.save_pretrained(nowhere)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the model's generation_config cannot be saved: {reason}") from error
     return model
 
 
