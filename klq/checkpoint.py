@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from klq.config import KLQConfig
 from klq.model import TRUNK_DIR, PolicyValueModel, is_peft, load_value_head, save_value
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _TEMPORARY = ".tmp-"
+# What a run may be resumed with other values of: its length, what it writes and shows, where it
+# runs, and the step it takes. Everything else says what is learned from which numbers.
+MAY_CHANGE = frozenset({
+    "output_dir", "overwrite", "num_updates", "use_cpu", "eval_every", "save_every",
+    "save_total_limit", "sample_every", "num_samples", "report_to", "run_name", "disable_tqdm",
+    "learning_rate", "value_learning_rate", "lr_scheduler_type", "weight_decay", "adam_epsilon",
+    "max_grad_norm",
+})  # fmt: skip
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.json", "curves.png")
 
 
@@ -78,6 +88,30 @@ def prepare_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> No
     leftovers = list(output_dir.glob(f"{_TEMPORARY}*"))
     for path in leftovers + (run_files(output_dir) if overwrite else []):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_same_settings(output_dir: Path, args: KLQConfig) -> None:
+    """ValueError, naming them, if settings that define a run differ from its config.json.
+
+    Those of MAY_CHANGE differ freely, and a setting that only one of the two knows is no difference
+    (the run may have begun with another version).
+    """
+    path = Path(output_dir) / "config.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read, so this run cannot be resumed: {error}") from None
+    now = json.loads(json.dumps(asdict(args)))
+    changed = [
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in MAY_CHANGE and before.get(name, value) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"a resumed run keeps its settings, but {', '.join(changed)}: leave them as they were, "
+            "or begin a new run in another output_dir"
+        )
 
 
 def fingerprint(reference: nn.Module) -> str:
@@ -145,8 +179,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put everything back as `save_checkpoint` found it, and return its state.
 
+    Learning rates, epsilon and weight decay stay those that `optimizer` was made with.
     Raises ValueError if the run began from another reference policy than `reference` (a
-    fingerprint), FileNotFoundError or ValueError if a file is missing or does not fit.
+    fingerprint) or has its value function elsewhere, FileNotFoundError or ValueError if a file is
+    missing or does not fit.
     """
     state = json.loads((path / "state.json").read_text())
     if state["reference"] != reference:
@@ -154,6 +190,10 @@ def load_checkpoint(
             f"{path} was trained against another reference policy: build the trainer with the "
             "model the run began with, not with one of its checkpoints"
         )
+    separate = (path / TRUNK_DIR).is_dir()
+    if separate != (model.value_trunk is not None):
+        kind = "a separate value model" if separate else "its value head on the policy's trunk"
+        raise ValueError(f"{path} has {kind}: resume with the value_model the run began with")
     if is_peft(model.policy):
         from peft import set_peft_model_state_dict
 
@@ -163,9 +203,13 @@ def load_checkpoint(
     if model.value_trunk is not None:
         _load_module(model.value_trunk, path / TRUNK_DIR)
     load_value_head(model.value_head, path)
+    names = ("lr", "initial_lr", "eps", "weight_decay")
+    current = [{name: group[name] for name in names} for group in optimizer.param_groups]
     optimizer.load_state_dict(
         torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     )
+    for group, settings in zip(optimizer.param_groups, current, strict=True):
+        group.update(settings)
     _set_rng_state(torch.load(path / f"rng-{accelerator.process_index}.pt", weights_only=True))
     return state
 

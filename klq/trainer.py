@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 
 from klq.checkpoint import (
     GracefulInterrupt,
+    check_same_settings,
     checkpoints,
     fingerprint,
     load_checkpoint,
@@ -135,7 +136,8 @@ class KLQTrainer:
 
         The last line it prints, `model: DIRECTORY`, is what AutoModelForCausalLM loads.
         resume: continue from the newest checkpoint; with none there, begin at the beginning. Build
-            the trainer as for the first run: the reference is the model it is given.
+            the trainer as for the first run: the reference is the model it is given, and what
+            `klq.checkpoint.MAY_CHANGE` does not name must be as it was (ValueError).
         Ctrl-C finishes the update, saves and raises KeyboardInterrupt.
         """
         args, accelerator = self.args, self.accelerator
@@ -354,6 +356,7 @@ class KLQTrainer:
                 f"resume: {self.args.output_dir} has no complete checkpoint, beginning at update 0"
             )
             return
+        check_same_settings(self.args.output_dir, self.args)
         state = load_checkpoint(
             found[-1],
             model=self.unwrapped,
