@@ -8,12 +8,14 @@ synchronisation, and on other devices when KLQ_VALIDATE=1; never under torch.com
 
 import itertools
 import math
+import numbers
 import os
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def shape_of(x: Tensor) -> list[int]:
@@ -59,8 +61,10 @@ def logits(op: str, name: str, x: Tensor) -> None:
 
 def readable_in_place(x: Tensor) -> bool:
     """Unit stride over the last dimension and leading dims that collapse to two strides."""
-    if x.numel() == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        return x.numel() == 0
+    if x.numel() == 0:
+        return True
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return False
     groups, previous = 0, None  # walk outwards; a dim that continues the previous one is free
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:
@@ -73,8 +77,11 @@ def readable_in_place(x: Tensor) -> bool:
 
 def actions(op: str, x: Tensor, leading: torch.Size, like: str = "logits without V") -> None:
     tensor(op, "actions", x)
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-        raise TypeError(f"{op}: actions must be integers (token ids), got {x.dtype}")
+    if x.dtype not in INTEGERS:
+        raise TypeError(
+            f"{op}: actions must be integers (token ids; int64, int32, int16, int8 or uint8), "
+            f"got {x.dtype}"
+        )
     has_shape(op, "actions", x, leading, like)
 
 
@@ -98,10 +105,12 @@ def per_token(op: str, name: str, x: Tensor, shape: torch.Size, like: str) -> No
 
 
 def number(op: str, name: str, x, low: float, high: float, *, open_low: bool = False) -> float:
-    if isinstance(x, (Tensor, bool)) or not isinstance(x, (int, float)):
+    if not isinstance(x, (int, float)) and isinstance(x, numbers.Real):
+        x = float(x)  # NumPy's scalars
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(x).__name__}")
-    inside = (x > low if open_low else x >= low) and x <= high
-    if math.isnan(x) or math.isinf(x) or not inside:
+    # NaN fails every comparison; math.isnan would break a graph traced with a symbolic float
+    if not ((x > low if open_low else x >= low) and x <= high and x < math.inf):
         left, right = "(" if open_low else "[", "inf)" if math.isinf(high) else f"{high:g}]"
         raise ValueError(f"{op}: {name} must be in {left}{low:g}, {right}, got {x}")
     return float(x)
@@ -240,14 +249,18 @@ def loss_inputs(
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer must be one number, got {shape_of(normalizer)}")
+        if normalizer.dtype not in FLOATS + INTEGERS:
+            raise TypeError(f"{op}: normalizer must be a real number, got {normalizer.dtype}")
     elif normalizer is not None:
         number(op, "normalizer", normalizer, 0.0, math.inf, open_low=True)
 
 
 def as_tensor(normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
     """The normaliser as a 0-d tensor on the device, without a synchronisation."""
-    if normalizer is None or isinstance(normalizer, Tensor):
-        return None if normalizer is None else normalizer.detach().reshape(())
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().reshape(()).to(wide(like))
     return like.new_full((), float(normalizer), dtype=wide(like))
 
 
@@ -256,7 +269,7 @@ def consumable(op: str, x: Tensor) -> None:
     remedy = "use inplace=False or pass a fresh tensor"
     if not torch.compiler.is_compiling():
         base = x if x._base is None else x._base
-        if torch.is_grad_enabled() and base.is_leaf and base.requires_grad:
+        if base.is_leaf and base.requires_grad:
             raise ValueError(
                 f"{op}: inplace=True cannot consume a leaf that needs gradients; {remedy}"
             )

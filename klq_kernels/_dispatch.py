@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from klq_kernels._extension import build_info
+from klq_kernels._extension import BUILD_INFO
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -39,7 +39,7 @@ _override: str | None = None  # set by use_backend
 def _missing(backend: str) -> str | None:
     """Why `backend` cannot run here at all; None if it can."""
     if backend == "cuda":
-        if not build_info()["cuda"]:
+        if not BUILD_INFO["cuda"]:
             return "klq was built without CUDA; rebuild with KLQ_CUDA=1 and a CUDA build of torch"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
@@ -63,7 +63,9 @@ def _known(backend: str, source: str) -> str:
 def use_backend(backend: str):
     """Every op inside the `with` block uses `backend` ("reference" | "cpp" | "triton" | "cuda").
 
-    Process-wide, not per thread; an explicit `backend=` argument still wins.
+    The order everywhere: `backend=` argument > use_backend > the environment variable KLQ_BACKEND >
+    the best available for the tensors' device (CUDA: cuda, triton, reference; CPU: cpp, reference).
+    Process-wide, not per thread. A compiled graph keeps the backend it was traced with.
     """
     global _override
     previous, _override = _override, _known(backend, "use_backend")
@@ -79,8 +81,8 @@ _NO_FLOAT64 = ("triton", "cuda")  # float64 exists for oracles: reference and cp
 def resolve(
     op: str,
     device: torch.device,
+    dtype: torch.dtype,
     backend: str | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> str:
     """The backend that runs `op` on `device` with results of `dtype`.
 

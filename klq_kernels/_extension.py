@@ -5,11 +5,18 @@ Importing `_C` registers every `torch.ops.klq.*` operator. torch is imported fir
 module links against its libraries.
 """
 
+import os
 from pathlib import Path
 
 import torch
 
 _REMEDY = "pip install --no-build-isolation -e ."
+
+if os.environ.get("KLQ_CPU_ISA", "avx512") not in ("baseline", "avx2", "avx512"):
+    raise ValueError(
+        "klq_kernels: KLQ_CPU_ISA must be baseline, avx2 or avx512, got "
+        f"{os.environ['KLQ_CPU_ISA']!r}"
+    )
 
 try:
     from klq_kernels import _C
@@ -33,6 +40,10 @@ except ImportError as error:
     ) from error
 
 
+# read once: torch.compile cannot trace a call into the module
+BUILD_INFO: dict = dict(_C.build_info())
+
+
 def build_info() -> dict:
     """What the compiled module was built with: torch, compiler, CUDA, architectures, CPU ISA."""
-    return dict(_C.build_info())
+    return dict(BUILD_INFO)

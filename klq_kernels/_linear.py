@@ -7,6 +7,7 @@ size tokens x vocabulary ever exists.
 """
 
 from collections.abc import Iterator
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor
 from klq_kernels import _checks as check
 
 DEFAULT_CHUNK_BYTES = 512 << 20
+AUTOCAST = ("cpu", "cuda")
+
+
+def keeps_dtypes(function):
+    """Runs `function` outside autocast: `autocast` below has made its casts, and logits or sums
+    asked for in float32 must not be cast back."""
+
+    @wraps(function)
+    def run(*args):
+        device = args[0].device.type
+        with torch.autocast(device if device in AUTOCAST else "cpu", enabled=False):
+            return function(*args)
+
+    return run
 
 
 def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
@@ -23,10 +38,12 @@ def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         if name != "bias" or x is not None:
             check.floating(op, name, x)
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, weight, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(dtype)
+            for x in (hidden, weight, bias)
+        )
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
@@ -34,6 +51,11 @@ def autocast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
                 "under torch.autocast"
             )
     return hidden, weight, bias
+
+
+def integer(op: str, name: str, n, low: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < low:
+        raise ValueError(f"{op}: {name} must be an integer >= {low}, got {n!r}")
 
 
 def inputs(
@@ -54,15 +76,17 @@ def inputs(
             f"{op}: hidden must be [..., D] and weight [V, D], got {check.shape_of(hidden)} and "
             f"{check.shape_of(weight)}"
         )
-    if weight.shape[0] < 1:
-        raise ValueError(f"{op}: weight must be [V, D] with V >= 1, got {check.shape_of(weight)}")
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(
+            f"{op}: weight must be [V, D] with V >= 1 and D >= 1, got {check.shape_of(weight)}"
+        )
     if bias is not None:
         check.has_shape(op, "bias", bias, weight.shape[:1], "weight without D")
     check.actions(op, actions, hidden.shape[:-1], "hidden without D")
     use = check.mask(op, mask, actions.shape, "actions")
     for name, n, low in (("num_active", num_active, 0), ("chunk_bytes", chunk_bytes, 1)):
-        if n is not None and (isinstance(n, (bool, Tensor)) or int(n) != n or n < low):
-            raise ValueError(f"{op}: {name} must be an integer >= {low}, got {n!r}")
+        if n is not None:
+            integer(op, name, n, low)
     if logits_dtype not in (None, torch.float32, hidden.dtype):
         raise TypeError(
             f"{op}: logits_dtype must be None, torch.float32 or hidden's {hidden.dtype}, "

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from klq_kernels._autograd import first_order
 
 
 class Shard(NamedTuple):
@@ -79,7 +80,8 @@ def merge(rows: Tensor, ids: Tensor, mask: Tensor | None, group) -> tuple[Tensor
     scale = torch.where(largest == -torch.inf, 0.0, (largest - top).exp())
     owned = ~z_a.isnan()
     z_a = torch.where(owned, z_a, -torch.inf).amax(0).masked_fill(~owned.any(0), torch.nan)
-    rest = torch.where(scale == 0, 0.0, rest * scale).sum(0)
+    # a slice far below the top adds nothing, but a NaN in it is not lost
+    rest = torch.where((scale == 0) & ~rest.isnan(), 0.0, rest * scale).sum(0)
     chosen = (z_a - top).exp()
     logprobs = torch.where(z_a == top, -rest.log1p(), (z_a - top) - (rest + chosen).log())
     if mask is not None:
@@ -120,7 +122,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    @once_differentiable
+    @first_order("tp_group")
     def backward(ctx, grad):
         logits, ids, mask, row_stats = ctx.saved_tensors
         dlogits = local_gradient(grad, logits, ids, mask, row_stats, *ctx.rest)
@@ -136,7 +138,7 @@ class SumGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order("tp_group")
     def backward(ctx, grad):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)

@@ -16,8 +16,7 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, doub
     using W = decltype(w);
     const auto v = reals<W>(op, "values", values, seqs.tokens);
     const auto r = reals<W>(op, "rewards", rewards, seqs.tokens);
-    const auto boot =
-        reals<W>(op, "bootstrap", bootstrap, seqs.length || seqs.ends ? seqs.count : -1);
+    const auto boot = reals<W>(op, "bootstrap", bootstrap, seqs.per_sequence());
     const auto use = mask_of(op, mask, seqs.tokens);
     Tensor a = new_empty(values, values.sizes(), scalar_type<W>);
     Tensor g = new_empty(values, values.sizes(), scalar_type<W>);

@@ -56,8 +56,7 @@ LossOut run(const char* op, const Tensor& logits, const Rows& rows, const Rows* 
       }
       const Row<W> row(rows, i, scaling);
       const Target<W> t = target(row, action[i]);
-      const bool known = action[i] >= 0 && action[i] < rows.width;
-      const double logprob = known ? t.logprob() : std::numeric_limits<double>::quiet_NaN();
+      const double logprob = logprob_of(t, action[i], rows.width);
       const double residual = tau * (logprob - ref[i]) + v[i] - g[i];
       tokens[i] = {logprob, residual};
       if (!grads) return;
@@ -105,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> klq_loss_(Tensor logits, Tensor actio
   return {out.loss, out.stats, out.dvalues, out.unscale};
 }
 
-// dlogits *= upstream * unscale[row]; rows whose factor is 1 are left alone.
+// dlogits *= upstream * unscale[row]; rows whose factor is 1 are left alone, and 0 stays 0 under an
+// upstream that is not finite.
 void klq_loss_backward_(Tensor dlogits, Tensor unscale, Tensor upstream) {
   const char* op = "klq_loss_backward_";
   const Rows rows = rows_of(op, dlogits);
@@ -123,7 +123,7 @@ void klq_loss_backward_(Tensor dlogits, Tensor unscale, Tensor upstream) {
         const int64_t n = std::min(kBlock, rows.width - b);
         char* p = rows.row(i) + rows.size * b;
         math<W>().read(rows.type, p, x, n);
-        for (int64_t j = 0; j < n; ++j) x[j] *= f;
+        for (int64_t j = 0; j < n; ++j) x[j] = x[j] == 0 ? W(0) : x[j] * f;
         math<W>().write(rows.type, x, p, n);
       }
     });

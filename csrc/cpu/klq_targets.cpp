@@ -33,23 +33,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> klq_targets(
     const auto v = reals<W>(op, "values", values, n);
     const auto r = reals<W>(op, "rewards", rewards, n);
     const auto cached = reals<W>(op, "ref_logprobs", ref_logprobs, n);
-    const bool rowwise = seqs.length || seqs.ends;
-    const auto lams = reals<W>(op, "lam", lam_rows, rowwise ? seqs.count : -1);
-    const auto boot = reals<W>(op, "bootstrap", bootstrap, rowwise ? seqs.count : -1);
+    const auto lams = reals<W>(op, "lam", lam_rows, seqs.per_sequence());
+    const auto boot = reals<W>(op, "bootstrap", bootstrap, seqs.per_sequence());
     auto fresh = [&] { return new_empty(logits, actions.sizes(), scalar_type<W>); };
     Tensor lp = fresh(), rp = fresh(), rho = fresh(), q = fresh(), a = fresh(), g = fresh();
     W *logprob = data<W>(lp), *ref_logprob = data<W>(rp), *ratio = data<W>(rho);
     for_rows(rows, [&](int64_t i) {
       logprob[i] = ref_logprob[i] = ratio[i] = 0;
       if (i >= end || (use && !use[i])) return;
-      const W nan = std::numeric_limits<W>::quiet_NaN();
-      const bool known = action[i] >= 0 && action[i] < rows.width;
-      const double p = target(Row<W>(rows, i, scaling), action[i]).logprob();
-      const double b =
-          cached ? double(cached[i]) : target(Row<W>(ref, i, scaling), action[i]).logprob();
-      logprob[i] = known ? W(p) : nan;
-      ref_logprob[i] = known ? W(b) : nan;
-      ratio[i] = known ? W(p - b) : nan;
+      logprob[i] = logprob_of(target(Row<W>(rows, i, scaling), action[i]), action[i], rows.width);
+      ref_logprob[i] =
+          cached ? cached[i]
+                 : logprob_of(target(Row<W>(ref, i, scaling), action[i]), action[i], rows.width);
+      // of the rounded log-probs: policy = reference gives exactly 0, cached or not
+      ratio[i] = logprob[i] - ref_logprob[i];
     });
     const Scan<W> args{ratio, v.data, r.data,     nullptr,    use.data,  tau,
                        gamma, alpha,  data<W>(q), data<W>(a), data<W>(g)};

@@ -24,9 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor valu
     const auto v = reals<W>(op, "values", values, n);
     const auto r = reals<W>(op, "rewards", rewards, n);
     const auto c = reals<W>(op, "trace", trace, n);
-    const auto rows = reals<W>(op, "lam", lam_rows, seqs.length || seqs.ends ? seqs.count : -1);
-    const auto boot =
-        reals<W>(op, "bootstrap", bootstrap, seqs.length || seqs.ends ? seqs.count : -1);
+    const auto rows = reals<W>(op, "lam", lam_rows, seqs.per_sequence());
+    const auto boot = reals<W>(op, "bootstrap", bootstrap, seqs.per_sequence());
     const auto use = mask_of(op, mask, n);
     Tensor q = new_empty(values, values.sizes(), scalar_type<W>);
     Tensor a = new_empty(values, values.sizes(), scalar_type<W>);

@@ -92,7 +92,7 @@ static double sum_exp_diff(const double* x, const double* y, int64_t n, double m
   return s;
 }
 static void exp_times(const double* x, double* out, int64_t n, double m, double a) {
-  for (int64_t i = 0; i < n; ++i) out[i] = a * std::exp(x[i] - m);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] == -INFINITY ? 0.0 : a * std::exp(x[i] - m);
 }
 static const Math<double> table = {read,    write,     scale,        slope,    max,
                                    sum_exp, sum_exp_x, sum_exp_diff, exp_times};
@@ -104,11 +104,12 @@ Isa isa() {
 #ifdef KLQ_X86_TARGETS
     __builtin_cpu_init();
     const char* limit = std::getenv("KLQ_CPU_ISA");
-    const bool up_to_avx2 = limit && std::strcmp(limit, "avx2") == 0;
-    if (!limit && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool any = !limit || std::strcmp(limit, "avx512") == 0;
+    const bool up_to_avx2 = any || std::strcmp(limit, "avx2") == 0;
+    if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return Isa::avx512;
-    if ((!limit || up_to_avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (up_to_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       return Isa::avx2;
 #endif
     return Isa::baseline;

@@ -42,14 +42,14 @@ struct Math {
   double (*sum_exp_x)(const W* x, int64_t n, W m);
   // sum exp(x - m) * ((x - m) - (y - my)), terms with exp = 0 are 0
   double (*sum_exp_diff)(const W* x, const W* y, int64_t n, W m, W my);
-  // out = a * exp(x - m); out may be x
+  // out = a * exp(x - m), 0 where x = -inf whatever a is; out may be x
   void (*exp_times)(const W* x, W* out, int64_t n, W m, W a);
 };
 
 template <class W>
 const Math<W>& math();
 
-// The best instruction set this machine and KLQ_CPU_ISA (baseline, avx2) allow.
+// The best instruction set this machine and KLQ_CPU_ISA (baseline, avx2, avx512) allow.
 enum class Isa : uint8_t { baseline, avx2, avx512 };
 Isa isa();
 const char* isa_name();

@@ -226,8 +226,11 @@ static double sum_exp_diff(const float* x, const float* y, int64_t n, float m, f
   });
 }
 static void exp_times(const float* x, float* out, int64_t n, float m, float a) {
-  const F top = splat(m);
-  map(x, out, n, -INFINITY, [=](F z) { return exp_negative(z - top) * a; });
+  const F top = splat(m), minus_inf = splat(-INFINITY);
+  map(x, out, n, -INFINITY, [=](F z) {
+    F y = exp_negative(z - top) * a;
+    return z == minus_inf ? F{} : y;  // select: a may be infinite
+  });
 }
 
 static const Math<float> table = {read,    write,     scale,        slope,    max,

@@ -10,7 +10,7 @@ Tensor place_scores(Tensor scores, Tensor mask, MaybeTensor cu_seqlens) {
   const auto use = mask_of(op, mask, seqs.tokens);
   return with_precision(is_double(scores), [&](auto w) {
     using W = decltype(w);
-    const auto score = reals<W>(op, "scores", scores, seqs.length || seqs.ends ? seqs.count : -1);
+    const auto score = reals<W>(op, "scores", scores, seqs.per_sequence());
     Tensor out = torch::stable::new_zeros(scores, mask.sizes(), scalar_type<W>);
     W* rewards = data<W>(out);
     for (int64_t s = 0; s < seqs.count; ++s) {

@@ -23,6 +23,8 @@ struct Sequences {
       count = length ? tokens / length : 0;
     }
   }
+  // elements a per-sequence input must have; -1 (any) for rows of no tokens
+  int64_t per_sequence() const { return length || ends ? count : -1; }
   // clamped, so that ends nobody checked cannot leave the buffers
   int64_t begin(int64_t s) const {
     return ends ? std::clamp<int64_t>(ends[s], 0, tokens) : s * length;

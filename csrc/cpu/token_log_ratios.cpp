@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> token_log_ratios(Tensor logits, Tensor ref_logits, Te
       if (!use || use[i]) {
         t = target(Row<W>(rows, i, scaling), action[i]);
         const Target<W> b = target(Row<W>(ref, i, scaling), action[i]);
-        const bool known = action[i] >= 0 && action[i] < rows.width;
-        ratio[i] = known ? W(t.logprob() - b.logprob()) : std::numeric_limits<W>::quiet_NaN();
+        ratio[i] =
+            W(logprob_of(t, action[i], rows.width)) - W(logprob_of(b, action[i], rows.width));
       }
       stats[i] = t.max, stats[rows.count + i] = t.rest, stats[2 * rows.count + i] = t.z;
     });

@@ -27,8 +27,7 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor actions, MaybeTe
       logprob[i] = 0;
       if (!use || use[i]) {
         t = target(Row<W>(rows, i, scaling), action[i]);
-        const bool known = action[i] >= 0 && action[i] < rows.width;
-        logprob[i] = known ? W(t.logprob()) : std::numeric_limits<W>::quiet_NaN();
+        logprob[i] = logprob_of(t, action[i], rows.width);
       }
       stats[i] = t.max, stats[rows.count + i] = t.rest, stats[2 * rows.count + i] = t.z;
     });

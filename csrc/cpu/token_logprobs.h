@@ -22,13 +22,20 @@ struct Target {
   }
 };
 
+// log pi of `action` as a result of the op: NaN for an id that is none of the row's columns
+template <class W>
+double logprob_of(const Target<W>& t, int64_t action, int64_t width) {
+  return action >= 0 && action < width ? t.logprob() : std::numeric_limits<double>::quiet_NaN();
+}
+
 // `action` outside [0, V) means that the token is none of this row: z is -inf.
 template <class W>
 Target<W> target(const Row<W>& row, int64_t action) {
   const W inf = std::numeric_limits<W>::infinity();
   const W m = row.max();
-  if (action < 0 || action >= row.width) return {m, W(row.sum_exp(0, row.width, m)), -inf};
-  const double rest = row.sum_exp(0, action, m) + row.sum_exp(action + 1, row.width, m);
+  const W point = m == -inf ? W(0) : m;  // -inf - -inf would hide that there is no NaN in the row
+  if (action < 0 || action >= row.width) return {m, W(row.sum_exp(0, row.width, point)), -inf};
+  const double rest = row.sum_exp(0, action, point) + row.sum_exp(action + 1, row.width, point);
   return {m, W(rest), row.at(action)};
 }
 

@@ -21,7 +21,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor act
   const Scaling scaling{temperature, softcap};
   return with_precision(is_double(logits) || is_double(ref_logits), [&](auto w) {
     using W = decltype(w);
-    const W nan = std::numeric_limits<W>::quiet_NaN();
     const std::vector<int64_t> none{0};
     Tensor logprobs = new_empty(logits, actions.sizes(), scalar_type<W>);
     Tensor entropies = new_empty(logits, actions.sizes(), scalar_type<W>);
@@ -39,15 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor act
       logprob[i] = h[i] = 0;
       if (ref_logits) ref_logprob[i] = kl[i] = 0;
       if (!active) return;
-      const bool known = action[i] >= 0 && action[i] < rows.width;
       const Row<W> row(rows, i, scaling);
       const Target<W> t = target(row, action[i]);
-      logprob[i] = known ? W(t.logprob()) : nan;
+      logprob[i] = logprob_of(t, action[i], rows.width);
       h[i] = W(entropy(row, t));
       if (!ref_logits) return;
       const Row<W> ref_row(ref, i, scaling);
       const Target<W> b = target(ref_row, action[i]);
-      ref_logprob[i] = known ? W(b.logprob()) : nan;
+      ref_logprob[i] = logprob_of(b, action[i], rows.width);
       kl[i] = W(divergence(row, t, ref_row, b));
     });
     return std::make_tuple(logprobs, entropies, ref_logprobs, kls);

@@ -17,6 +17,9 @@ struct ScanInputs {
 inline void run_scan(const char* op, const ScanInputs& in, Tensor* q, Tensor& advantages,
                      Tensor& returns) {
   const Tensor& v = in.values;
+  for (const MaybeTensor& x : {in.log_ratios, MaybeTensor(v), MaybeTensor(in.rewards), in.lam_rows,
+                               in.bootstrap, in.trace})
+    KLQ_CHECK(op, !x || x->scalar_type() != ScalarType::Double, "there is no float64 on CUDA");
   const int64_t n = v.numel();
   ScanArgs s{};
   s.tokens = n;

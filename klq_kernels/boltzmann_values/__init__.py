@@ -48,7 +48,7 @@ def boltzmann_values(
     check.same_device(OP, q.device, ref_logits=ref_logits)
     tau = check.tau(OP, tau, positive=True)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    if resolve(OP, q.device, backend) == "reference":
+    if resolve(OP, q.device, check.wide(q, ref_logits), backend) == "reference":
         return reference.boltzmann_values(
             q, ref_logits, tau=tau, temperature=t, logit_softcap=logit_softcap
         )

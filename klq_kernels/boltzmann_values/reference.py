@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from klq_kernels._checks import wide
 from klq_kernels.token_logprobs.reference import log_softmax
 
 
@@ -17,7 +18,7 @@ def boltzmann_values(
     logit_softcap: float | None = None,
 ) -> Tensor:
     """V = tau log sum_a pi_b(a|s) exp(Q(s, a) / tau); skips Q = -inf and pi_b = 0."""
+    q, ref_logits = q.to(wide(q, ref_logits)), ref_logits.to(wide(q, ref_logits))
     log_pi_b = log_softmax(ref_logits, None, temperature, logit_softcap)
-    q = q if q.dtype == torch.float64 else q.float()
     skipped = (q == -torch.inf) | (log_pi_b == -torch.inf)
     return tau * torch.logsumexp((log_pi_b + q / tau).masked_fill(skipped, -torch.inf), dim=-1)

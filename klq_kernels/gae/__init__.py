@@ -53,7 +53,7 @@ def gae(
         OP, values.device, rewards=rewards, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap
     )
     dtype = check.wide(rewards, values, bootstrap)
-    if resolve(OP, values.device, backend, dtype) == "reference":
+    if resolve(OP, values.device, dtype, backend) == "reference":
         return reference.gae(
             rewards,
             values,

@@ -3,10 +3,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from klq_kernels import _checks as check
 from klq_kernels import _tensor_parallel as tp
+from klq_kernels._autograd import first_order, times
 from klq_kernels._dispatch import resolve
 from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss import reference
@@ -56,7 +56,8 @@ def klq_loss(
         inplace: consume the logits: the gradient is written into their storage, and reading them
             afterwards is undefined. A use of them that autograd saved before this call raises in
             its backward. Leaves that need gradients, expanded and overlapping tensors are refused,
-            and so is `tp_group`. The loss serves one backward; a second raises.
+            and so is `tp_group`. The loss serves one backward; a second raises. In a compiled graph
+            it changes nothing: there the compiler decides what memory is used again.
 
     Returns:
         KLQLoss(loss, stats): float32 0-d loss (float64 for float64 logits) and detached sums.
@@ -80,14 +81,14 @@ def klq_loss(
     check.loss_inputs(OP, logits.shape[:-1], values, ref_logprobs, returns, weights, normalizer)
     tau = check.tau(OP, tau)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, logits.device, backend)
+    chosen = resolve(OP, logits.device, check.wide(logits), backend)
     rest = {
         "ref_logprobs": ref_logprobs,
         "returns": returns,
         "tau": tau,
         "mask": use,
         "weights": weights,
-        "normalizer": normalizer,
+        "normalizer": check.as_tensor(normalizer, logits),
     }
     if inplace:
         if tp_group is not None:
@@ -111,28 +112,32 @@ def klq_loss(
         tau,
         use,
         None if weights is None else weights.detach(),
-        check.as_tensor(normalizer, logits),
+        rest["normalizer"],
         t,
         cap,
     )
-    if inplace:
+    need = torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad)
+    if torch.compiler.is_compiling():
+        # also for inplace=True: in a graph, reuse of the logits' memory is the compiler's to find
+        loss, stats = TracedLoss.apply(*args, need)
+    elif inplace:
         loss, stats = InplaceLoss.apply(*args, chosen)
-    elif torch.compiler.is_compiling():
-        loss, stats = TracedLoss.apply(*args)
     else:
-        loss, stats = Loss.apply(*args)
+        loss, stats = Loss.apply(*args, need)
     return KLQLoss(loss, KLQStats(*stats.unbind(0)))
 
 
-def _op(logits, actions, values, *rest, need_grad: bool):
-    return torch.ops.klq.klq_loss.default(logits, actions, values, *rest, need_grad)
+def _rescaled(dlogits: Tensor, unscale: Tensor, upstream: Tensor) -> Tensor:
+    """What klq_loss_backward_ leaves in dlogits, as a new tensor."""
+    factor = (upstream * unscale).unsqueeze(-1) if unscale.numel() else upstream
+    return times(dlogits.to(check.wide(dlogits)), factor).to(dlogits.dtype)
 
 
 def _dvalues(ctx, dvalues: Tensor, upstream: Tensor) -> Tensor | None:
-    return (dvalues * upstream).to(ctx.values_dtype) if ctx.needs_input_grad[2] else None
+    return times(dvalues, upstream).to(ctx.values_dtype) if ctx.needs_input_grad[2] else None
 
 
-_NONES = (None,) * 8  # every argument after values is a constant
+_NONES = (None,) * 9  # every argument after values is a constant
 
 
 class Loss(torch.autograd.Function):
@@ -141,8 +146,8 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, actions, values, *rest):
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        loss, stats, *ctx.made = _op(logits, actions, values, *rest, need_grad=need)
+        op = torch.ops.klq.klq_loss.default
+        loss, stats, *ctx.made = op(logits, actions, values, *rest)
         tensors = [x if isinstance(x, Tensor) else None for x in rest]
         ctx.save_for_backward(logits, actions, values, *tensors)
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in rest]
@@ -151,13 +156,13 @@ class Loss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @first_order(OP)
     def backward(ctx, upstream, *_):
         made, ctx.made = ctx.made, None
         if made is None:
             logits, actions, values, *tensors = ctx.saved_tensors
             rest = [n if x is None else x for x, n in zip(tensors, ctx.numbers, strict=True)]
-            made = _op(logits, actions, values, *rest, need_grad=True)[2:]
+            made = torch.ops.klq.klq_loss.default(logits, actions, values, *rest)[2:]
         dlogits, dvalues, unscale = made
         if ctx.needs_input_grad[0]:
             torch.ops.klq.klq_loss_backward_.default(dlogits, unscale, upstream)
@@ -174,7 +179,8 @@ class TracedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, actions, values, *rest):
-        loss, stats, dlogits, dvalues, unscale = _op(logits, actions, values, *rest, need_grad=True)
+        op = torch.ops.klq.klq_loss.default
+        loss, stats, dlogits, dvalues, unscale = op(logits, actions, values, *rest)
         ctx.save_for_backward(dlogits, dvalues, unscale)
         ctx.values_dtype = values.dtype
         ctx.mark_non_differentiable(stats)
@@ -183,9 +189,8 @@ class TracedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         dlogits, dvalues, unscale = ctx.saved_tensors
-        dlogits = dlogits.clone()
-        torch.ops.klq.klq_loss_backward_.default(dlogits, unscale, upstream)
-        return dlogits, None, (dvalues * upstream).to(ctx.values_dtype), *_NONES
+        dvalues = times(dvalues, upstream).to(ctx.values_dtype)
+        return _rescaled(dlogits, unscale, upstream), None, dvalues, *_NONES
 
 
 class InplaceLoss(torch.autograd.Function):
@@ -193,18 +198,17 @@ class InplaceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, actions, values, *rest):
-        *rest, backend = rest
-        run = _reference_inplace if backend == "reference" else torch.ops.klq.klq_loss_.default
+        *rest, ctx.backend = rest
+        run = _reference_inplace if ctx.backend == "reference" else torch.ops.klq.klq_loss_.default
         loss, stats, dvalues, unscale = run(logits, actions, values, *rest)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(logits)
+        torch.autograd.graph.increment_version(logits)
         ctx.made = logits.detach(), dvalues, unscale
         ctx.values_dtype = values.dtype
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @first_order(OP)
     def backward(ctx, upstream, *_):
         if ctx.made is None:
             raise RuntimeError(
@@ -212,8 +216,11 @@ class InplaceLoss(torch.autograd.Function):
                 "serve a second; use inplace=False"
             )
         (dlogits, dvalues, unscale), ctx.made = ctx.made, None
-        torch.ops.klq.klq_loss_backward_.default(dlogits, unscale, upstream)
-        return dlogits, None, _dvalues(ctx, dvalues, upstream), *_NONES, None
+        if ctx.backend == "reference":
+            dlogits.copy_(_rescaled(dlogits, unscale, upstream))
+        else:
+            torch.ops.klq.klq_loss_backward_.default(dlogits, unscale, upstream)
+        return dlogits, None, _dvalues(ctx, dvalues, upstream), *_NONES
 
 
 def _reference_inplace(

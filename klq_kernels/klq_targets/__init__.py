@@ -80,7 +80,8 @@ def klq_targets(
         lam=lam_rows,
     )
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, logits.device, backend)
+    dtype = check.wide(logits, values, rewards, ref_logits, ref_logprobs, lam_rows, bootstrap)
+    chosen = resolve(OP, logits.device, dtype, backend)
     check.action_values(OP, actions, _in_a_sequence(use, actions, cu_seqlens), logits.shape[-1])
     if chosen == "reference":
         return reference.klq_targets(

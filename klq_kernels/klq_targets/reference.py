@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from klq_kernels._checks import wide
 from klq_kernels._results import KLQTargets
 from klq_kernels.lambda_returns.reference import lambda_returns
 from klq_kernels.token_logprobs.reference import token_logprobs
@@ -33,18 +34,19 @@ def klq_targets(
         inside = torch.arange(values.shape[0], device=values.device) < cu_seqlens[-1]
         mask = inside if mask is None else mask & inside
     scaling = {"mask": mask, "temperature": temperature, "logit_softcap": logit_softcap}
-    logprobs = token_logprobs(logits, actions, **scaling)
+    rows_lam = lam if isinstance(lam, Tensor) else None
+    dtype = wide(logits, values, rewards, ref_logits, ref_logprobs, rows_lam, bootstrap)
+    logprobs = token_logprobs(logits.to(dtype), actions, **scaling)
     if ref_logits is not None:
-        ref_logprobs = token_logprobs(ref_logits, actions, **scaling)
+        ref_logprobs = token_logprobs(ref_logits.to(dtype), actions, **scaling)
     else:
-        wide = torch.float64 if ref_logprobs.dtype == torch.float64 else torch.float32
-        ref_logprobs = ref_logprobs.to(wide)
+        ref_logprobs = ref_logprobs.to(dtype)
         if mask is not None:
             ref_logprobs = torch.where(mask, ref_logprobs, 0.0)
     log_ratios = logprobs - ref_logprobs
     targets = lambda_returns(
         log_ratios,
-        values,
+        values.to(dtype),
         rewards,
         tau=tau,
         gamma=gamma,

@@ -93,7 +93,7 @@ def lambda_returns(
         lam=lam_rows,
     )
     dtype = check.wide(log_ratios, values, rewards, lam_rows, bootstrap, trace)
-    if resolve(OP, values.device, backend, dtype) == "reference":
+    if resolve(OP, values.device, dtype, backend) == "reference":
         return reference.lambda_returns(
             log_ratios,
             values,

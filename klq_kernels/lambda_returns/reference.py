@@ -8,6 +8,7 @@ instead, so the two are independent derivations of the same numbers.
 import torch
 from torch import Tensor
 
+from klq_kernels._checks import wide
 from klq_kernels._results import LambdaReturns
 
 
@@ -33,9 +34,8 @@ def lambda_returns(
     trace: Tensor | None = None,
 ) -> LambdaReturns:
     """Q (13), A and G (7) of every active token; see `klq_kernels.lambda_returns`."""
-    inputs = (log_ratios, values, rewards, bootstrap, trace)
-    double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-    dtype = torch.float64 if double else torch.float32
+    rows_lam = lam if isinstance(lam, Tensor) else None
+    dtype = wide(log_ratios, values, rewards, rows_lam, bootstrap, trace)
     shape, tokens = values.shape, values.shape[-1]
     active = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     rows = shape[:-1]

@@ -3,11 +3,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
+from klq_kernels._autograd import first_order, times
 from klq_kernels._dispatch import resolve
 from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss.reference import squared_residuals
@@ -82,14 +82,14 @@ def linear_klq_loss(
     check.loss_inputs(OP, actions.shape, values, ref_logprobs, returns, weights, normalizer)
     tau = check.tau(OP, tau)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, hidden.device, backend)
+    chosen = resolve(OP, hidden.device, check.wide(hidden), backend)
     rest = {
         "ref_logprobs": ref_logprobs,
         "returns": returns,
         "tau": tau,
         "mask": use,
         "weights": weights,
-        "normalizer": normalizer,
+        "normalizer": check.as_tensor(normalizer, hidden),
     }
     if (tp_group := tp.several(OP, tp_group)) is not None:
         logprobs = sharded(
@@ -112,6 +112,8 @@ def linear_klq_loss(
             num_active=num_active,
         )
 
+    heads = hidden, weight, bias
+
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().reshape(-1)
 
@@ -126,12 +128,13 @@ def linear_klq_loss(
         tau,
         flat(use),
         flat(weights),
-        check.as_tensor(normalizer, hidden),
+        rest["normalizer"],
         t,
         cap,
         logits_dtype,
         num_active,
         chunk_bytes,
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads),
     )
     return KLQLoss(loss, KLQStats(*stats.unbind(0)))
 
@@ -139,9 +142,8 @@ def linear_klq_loss(
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, values, *rest):
-        need = ctx.needs_input_grad[:3]
         loss, stats, *made = torch.ops.klq.linear_klq_loss.default(
-            hidden, weight, bias, values, *rest, *need
+            hidden, weight, bias, values, *rest
         )
         ctx.mark_non_differentiable(stats)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, values)]
@@ -152,7 +154,7 @@ class LinearLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @first_order(OP)
     def backward(ctx, upstream, *_):
         if torch.compiler.is_compiling():
             made = ctx.saved_tensors
@@ -164,10 +166,10 @@ class LinearLoss(torch.autograd.Function):
         else:
             made, ctx.made = ctx.made, None
         grads = [
-            (g * upstream).to(dtype) if need else None
+            times(g, upstream).to(dtype) if need else None
             for g, dtype, need in zip(made, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
-        return *grads, *(None,) * 12
+        return *grads, *(None,) * 15
 
 
 torch.library.define(
@@ -181,6 +183,7 @@ torch.library.define(
 
 
 @torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
+@linear.keeps_dtypes
 def _forward(
     hidden,
     weight,
@@ -209,6 +212,7 @@ def _forward(
     if normalizer is None:
         active = mask.sum() if mask is not None else torch.full((), tokens, device=hidden.device)
         normalizer = active.clamp(min=1).to(check.wide(hidden))
+    normalizer = rows.poison(normalizer)  # NaN in the loss and in every gradient it divides
     kept = rows.take(hidden)
     picked = [rows.take(x) for x in (actions, values, ref_logprobs, returns, weights)]
     dtype = check.wide(hidden)
@@ -233,7 +237,7 @@ def _forward(
     if hidden.dtype == torch.float16:
         like = tuple(x if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in like)
     grads = linear.finish(rows, like, (dhidden, dweight, dbias), needs)
-    return rows.poison(loss), stats, *grads, rows.put(dvalues, tokens)
+    return rows.poison(loss), rows.poison(stats), *grads, rows.put(dvalues, tokens)
 
 
 @torch.library.register_fake(f"klq::{OP}")

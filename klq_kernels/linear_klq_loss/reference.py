@@ -4,9 +4,13 @@
 import torch
 from torch import Tensor
 
-from klq_kernels._results import KLQLoss
+from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss.reference import squared_residuals
-from klq_kernels.linear_token_logprobs.reference import linear_token_logprobs
+from klq_kernels.linear_token_logprobs.reference import (
+    linear_token_logprobs,
+    poisoned,
+    too_few,
+)
 
 
 def linear_klq_loss(
@@ -39,7 +43,7 @@ def linear_klq_loss(
         logits_dtype=logits_dtype,
         num_active=num_active,
     )
-    return squared_residuals(
+    loss, stats = squared_residuals(
         logprobs,
         values,
         ref_logprobs=ref_logprobs,
@@ -49,3 +53,5 @@ def linear_klq_loss(
         weights=weights,
         normalizer=normalizer,
     )
+    few = too_few(mask, actions.numel(), num_active)
+    return KLQLoss(loss, KLQStats(*(poisoned(s, few) for s in stats)))

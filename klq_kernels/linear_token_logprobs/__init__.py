@@ -3,11 +3,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
+from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import resolve
 from klq_kernels.linear_token_logprobs import reference
 
@@ -43,7 +43,8 @@ def linear_token_logprobs(
         num_active: number of active tokens, when the caller knows it: only these meet the head,
             without a synchronisation. More is allowed; fewer makes every result NaN.
         chunk_bytes: bound on the logits held at a time (default 512 MiB).
-        keep_bytes: how much may be kept for a backward that need not make the logits again.
+        keep_bytes: upper bound on what may be kept to spare the backward the logits; nothing is
+            kept in this version.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
             complete (already summed over the group). A DTensor weight sharded on dim 0 brings its
             own group.
@@ -59,10 +60,9 @@ def linear_token_logprobs(
     use = linear.inputs(
         OP, hidden, weight, bias, actions, mask, num_active, chunk_bytes, logits_dtype
     )
-    if keep_bytes < 0:
-        raise ValueError(f"{OP}: keep_bytes must be >= 0, got {keep_bytes}")
+    linear.integer(OP, "keep_bytes", keep_bytes, 0)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, hidden.device, backend)
+    chosen = resolve(OP, hidden.device, check.wide(hidden), backend)
     if (tp_group := tp.several(OP, tp_group)) is not None:
         return sharded(
             *(OP, hidden, weight, bias, actions, use, t, cap),
@@ -107,9 +107,7 @@ def sharded(
     )
     logprobs = tp.TokenLogprobs.apply(logits, shard.local(actions), use, t, cap, shard, backend)
     few = reference.too_few(use, actions.numel(), num_active)
-    if few is False:
-        return logprobs
-    return torch.where(torch.as_tensor(few, device=logprobs.device), torch.nan, logprobs)
+    return reference.poisoned(logprobs, few)
 
 
 class LinearTokenLogprobs(torch.autograd.Function):
@@ -125,7 +123,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    @once_differentiable
+    @first_order(OP)
     def backward(ctx, grad):
         hidden, weight, bias, actions, mask, row_stats = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -150,6 +148,7 @@ torch.library.define(
 
 
 @torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
+@linear.keeps_dtypes
 def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
     tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
     rows = linear.compact(mask, tokens, num_active, hidden.device)
@@ -167,6 +166,7 @@ def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_acti
 
 
 @torch.library.impl(f"klq::{OP}_backward", ("cpu", "cuda"))
+@linear.keeps_dtypes
 def _backward(
     grad,
     hidden,
@@ -187,7 +187,7 @@ def _backward(
     tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     kept, actions = rows.take(hidden), rows.take(actions)
-    grad = rows.take(grad)
+    grad = rows.poison(rows.take(grad))
     dhidden = torch.empty_like(kept) if need_hidden else None
     dweight = dbias = None
     for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):

@@ -18,7 +18,9 @@ def head_logits(
     hidden = select_rows(hidden, mask)
     if logits_dtype is not None:
         hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
-    logits = hidden @ weight.T
+    # the casts of autocast are made before this; logits asked for in float32 stay in it
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden @ weight.T
     return logits if bias is None else logits + bias.to(logits.dtype)
 
 
@@ -27,6 +29,14 @@ def too_few(mask: Tensor | None, tokens: int, num_active: int | None) -> Tensor 
     if num_active is None:
         return False
     return num_active < tokens if mask is None else mask.sum() > num_active
+
+
+def poisoned(x: Tensor, few: Tensor | bool) -> Tensor:
+    """NaN, and NaN gradients, where `num_active` was too small: never a partial result."""
+    if few is False:
+        return x
+    few = torch.as_tensor(few, device=x.device)
+    return x * torch.where(few, torch.nan, 1.0).to(x.dtype)
 
 
 def linear_token_logprobs(
@@ -49,5 +59,4 @@ def linear_token_logprobs(
         temperature=temperature,
         logit_softcap=logit_softcap,
     )
-    few = too_few(mask, actions.numel(), num_active)
-    return logprobs if few is False else torch.where(torch.as_tensor(few), torch.nan, logprobs)
+    return poisoned(logprobs, too_few(mask, actions.numel(), num_active))

@@ -9,7 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._dispatch import resolve
 from klq_kernels._results import TokenStats
-from klq_kernels.linear_token_logprobs.reference import head_logits, too_few
+from klq_kernels.linear_token_logprobs.reference import head_logits, poisoned, too_few
 from klq_kernels.linear_token_stats import reference
 
 OP = "linear_token_stats"
@@ -48,17 +48,14 @@ def linear_token_stats(
         OP, hidden, weight, bias, actions, mask, num_active, chunk_bytes, logits_dtype
     )
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, hidden.device, backend)
+    chosen = resolve(OP, hidden.device, check.wide(hidden), backend)
     if (tp_group := tp.several(OP, tp_group)) is not None:
         shard = tp.shard(tp_group, weight.shape[0])
         check.action_values(OP, actions, use, shard.vocabulary)
         logits = head_logits(hidden, weight, bias, use, logits_dtype)
         stats = tp.stats(logits, shard.local(actions), use, t, cap, shard.group, chosen)
         few = too_few(use, actions.numel(), num_active)
-        if few is not False:
-            few = torch.as_tensor(few, device=hidden.device)
-            stats = [torch.where(few, torch.nan, x) for x in stats]
-        return TokenStats(*stats, None, None)
+        return TokenStats(*(poisoned(x, few) for x in stats), None, None)
     check.action_values(OP, actions, use, weight.shape[0])
     if chosen == "reference":
         return reference.linear_token_stats(
@@ -96,6 +93,7 @@ torch.library.define(
 
 
 @torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
+@linear.keeps_dtypes
 def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
     tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
     rows = linear.compact(mask, tokens, num_active, hidden.device)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels._results import TokenStats
-from klq_kernels.linear_token_logprobs.reference import head_logits, too_few
+from klq_kernels.linear_token_logprobs.reference import head_logits, poisoned, too_few
 from klq_kernels.token_stats.reference import token_stats
 
 
@@ -31,8 +31,4 @@ def linear_token_stats(
         logit_softcap=logit_softcap,
     )
     few = too_few(mask, actions.numel(), num_active)
-    if few is False:
-        return stats
-    few = torch.as_tensor(few)
-    nan = (torch.where(few, torch.nan, x) for x in stats[:2])
-    return TokenStats(*nan, None, None)
+    return TokenStats(*(poisoned(x, few) for x in stats[:2]), None, None)

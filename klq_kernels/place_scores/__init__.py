@@ -42,7 +42,7 @@ def place_scores(
     use = check.mask(OP, mask, mask.shape, "itself")
     check.per_sequence(OP, "scores", check.tensor(OP, "scores", scores), mask.shape, cu_seqlens)
     check.same_device(OP, mask.device, scores=scores, cu_seqlens=cu_seqlens)
-    if resolve(OP, mask.device, backend) == "reference":
+    if resolve(OP, mask.device, check.wide(scores), backend) == "reference":
         return reference.place_scores(scores, use, cu_seqlens=cu_seqlens)
     return torch.ops.klq.place_scores.default(scores, use, cu_seqlens)
 

@@ -37,7 +37,7 @@ def q_values(
         temperature, logit_softcap, backend: as in `token_logprobs`.
 
     Returns:
-        [..., V] float32 (float64 for float64 logits), in units of reward; -inf where pi = 0 (also
+        [..., V] float32 (float64 if an input is), in units of reward; -inf where pi = 0 (also
         where pi_b = 0 too), +inf where only pi_b = 0.
 
     Raises:
@@ -52,7 +52,7 @@ def q_values(
     check.same_device(OP, logits.device, ref_logits=ref_logits, values=values)
     tau = check.tau(OP, tau)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    if resolve(OP, logits.device, backend) == "reference":
+    if resolve(OP, logits.device, check.wide(logits, ref_logits, values), backend) == "reference":
         return reference.q_values(
             logits, ref_logits, values, tau=tau, temperature=t, logit_softcap=logit_softcap
         )

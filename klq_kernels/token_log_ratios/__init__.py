@@ -3,9 +3,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from klq_kernels import _checks as check
+from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import resolve
 from klq_kernels.token_log_ratios import reference
 
@@ -35,7 +35,7 @@ def token_log_ratios(
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`.
 
     Returns:
-        [...], float32 (float64 for float64 logits), nats; exactly 0 at inactive tokens. A token
+        [...], float32 (float64 if an input is), nats; exactly 0 at inactive tokens. A token
         banned by the policy gives -inf, by the reference +inf, by both NaN.
 
     Raises:
@@ -45,7 +45,7 @@ def token_log_ratios(
     """
     use = check.rows(OP, logits, actions, mask, ref_logits)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, logits.device, backend)
+    chosen = resolve(OP, logits.device, check.wide(logits, ref_logits), backend)
     check.action_values(OP, actions, use, logits.shape[-1])
     if chosen == "reference":
         return reference.token_log_ratios(
@@ -65,7 +65,7 @@ class TokenLogRatios(torch.autograd.Function):
         return log_ratios
 
     @staticmethod
-    @once_differentiable
+    @first_order(OP)
     def backward(ctx, grad):
         logits, actions, mask, row_stats = ctx.saved_tensors
         dlogits = torch.ops.klq.token_logprobs_backward.default(

@@ -3,6 +3,7 @@
 
 from torch import Tensor
 
+from klq_kernels._checks import wide
 from klq_kernels.token_logprobs.reference import token_logprobs
 
 
@@ -17,6 +18,6 @@ def token_log_ratios(
 ) -> Tensor:
     """rho_t = log pi(a_t | s_t) - log pi_b(a_t | s_t); the reference is a constant."""
     scaling = {"mask": mask, "temperature": temperature, "logit_softcap": logit_softcap}
-    return token_logprobs(logits, actions, **scaling) - token_logprobs(
-        ref_logits.detach(), actions, **scaling
-    )
+    dtype = wide(logits, ref_logits)
+    policy = token_logprobs(logits.to(dtype), actions, **scaling)
+    return policy - token_logprobs(ref_logits.detach().to(dtype), actions, **scaling)

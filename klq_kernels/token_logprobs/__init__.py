@@ -3,10 +3,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from klq_kernels import _checks as check
 from klq_kernels import _tensor_parallel as tp
+from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import resolve
 from klq_kernels.token_logprobs import reference
 
@@ -39,7 +39,7 @@ def token_logprobs(
         logit_softcap: c > 0, or None.
         tp_group: (process group, vocab_start) when `logits` holds this rank's slice of the
             vocabulary, or the group alone for equal slices in rank order; actions are global ids.
-        backend: overrides the choice described in `klq_kernels.use_backend`.
+        backend: overrides the choice that `klq_kernels.use_backend` describes.
 
     Returns:
         [...], float32 (float64 for float64 logits); in nats, <= 0. A banned token (logit -inf) has
@@ -54,7 +54,7 @@ def token_logprobs(
     """
     use = check.rows(OP, logits, actions, mask)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, logits.device, backend)
+    chosen = resolve(OP, logits.device, check.wide(logits), backend)
     if (tp_group := tp.several(OP, tp_group)) is not None:
         shard = tp.shard(tp_group, logits.shape[-1])
         check.action_values(OP, actions, use, shard.vocabulary)
@@ -80,7 +80,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    @once_differentiable
+    @first_order(OP)
     def backward(ctx, grad):
         logits, actions, mask, row_stats = ctx.saved_tensors
         dlogits = torch.ops.klq.token_logprobs_backward.default(

@@ -35,15 +35,15 @@ def token_stats(
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`.
 
     Returns:
-        TokenStats(logprobs, entropy, ref_logprobs, kl), each [...] float32 (float64 for float64
-        logits), nats, exactly 0 at inactive tokens; the last two are None without `ref_logits`.
+        TokenStats(logprobs, entropy, ref_logprobs, kl), each [...] float32 (float64 if an input
+        is), nats, exactly 0 at inactive tokens; the last two are None without `ref_logits`.
 
     Raises:
         TypeError, ValueError, IndexError: as `token_logprobs`, before any work.
     """
     use = check.rows(OP, logits, actions, mask, ref_logits)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    chosen = resolve(OP, logits.device, backend)
+    chosen = resolve(OP, logits.device, check.wide(logits, ref_logits), backend)
     check.action_values(OP, actions, use, logits.shape[-1])
     if chosen == "reference":
         return reference.token_stats(

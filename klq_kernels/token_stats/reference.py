@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from klq_kernels._checks import wide
 from klq_kernels._results import TokenStats
 from klq_kernels.token_logprobs.reference import gather, log_softmax
 
@@ -19,7 +20,8 @@ def token_stats(
     logit_softcap: float | None = None,
 ) -> TokenStats:
     """H = -sum_a pi log pi and KL = sum_a pi (log pi - log pi_b); terms with pi = 0 are 0."""
-    log_pi = log_softmax(logits, mask, temperature, logit_softcap)
+    dtype = wide(logits, ref_logits)
+    log_pi = log_softmax(logits.to(dtype), mask, temperature, logit_softcap)
     pi = log_pi.exp()
 
     def expectation(values: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def token_stats(
     logprobs, entropy = gather(log_pi, actions, mask), expectation(-log_pi)
     if ref_logits is None:
         return TokenStats(logprobs, entropy, None, None)
-    log_pi_b = log_softmax(ref_logits, mask, temperature, logit_softcap)
+    log_pi_b = log_softmax(ref_logits.to(dtype), mask, temperature, logit_softcap)
     return TokenStats(
         logprobs, entropy, gather(log_pi_b, actions, mask), expectation(log_pi - log_pi_b)
     )

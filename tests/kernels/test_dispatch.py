@@ -17,24 +17,24 @@ def no_environment(monkeypatch):
 
 
 def test_precedence(monkeypatch):
-    assert resolve("token_logprobs", CPU) == "cpp"
+    assert resolve("token_logprobs", CPU, torch.float32) == "cpp"
     monkeypatch.setenv("KLQ_BACKEND", "reference")
-    assert resolve("token_logprobs", CPU) == "reference"
+    assert resolve("token_logprobs", CPU, torch.float32) == "reference"
     with use_backend("cpp"):
-        assert resolve("token_logprobs", CPU) == "cpp"
-        assert resolve("token_logprobs", CPU, "reference") == "reference"
+        assert resolve("token_logprobs", CPU, torch.float32) == "cpp"
+        assert resolve("token_logprobs", CPU, torch.float32, "reference") == "reference"
         with use_backend("reference"):
-            assert resolve("token_logprobs", CPU) == "reference"
-        assert resolve("token_logprobs", CPU) == "cpp"
-    assert resolve("token_logprobs", CPU) == "reference"
+            assert resolve("token_logprobs", CPU, torch.float32) == "reference"
+        assert resolve("token_logprobs", CPU, torch.float32) == "cpp"
+    assert resolve("token_logprobs", CPU, torch.float32) == "reference"
     monkeypatch.setenv("KLQ_BACKEND", "")
-    assert resolve("token_logprobs", CPU) == "cpp"
+    assert resolve("token_logprobs", CPU, torch.float32) == "cpp"
 
 
 def test_use_backend_ends_with_its_block_also_on_an_error():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert resolve("gae", CPU) == "cpp"
+    assert resolve("gae", CPU, torch.float32) == "cpp"
 
 
 def test_the_choice_reaches_the_op(monkeypatch):
@@ -58,12 +58,12 @@ def test_the_choice_reaches_the_op(monkeypatch):
 def test_unknown_backends(monkeypatch, how):
     with pytest.raises(ValueError, match="fast.*choose one of"):  # noqa: RUF043
         if how == "argument":
-            resolve("gae", CPU, "fast")
+            resolve("gae", CPU, torch.float32, "fast")
         elif how == "context":
             use_backend("fast").__enter__()
         else:
             monkeypatch.setenv("KLQ_BACKEND", "fast")
-            resolve("gae", CPU)
+            resolve("gae", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("op", TABLE)
@@ -73,7 +73,7 @@ def test_an_explicit_request_never_falls_back(op):
         if "cpu" in TABLE[op].get(backend, ()):
             continue
         with pytest.raises(RuntimeError, match=rf"{op}: backend '{backend}'") as caught:
-            resolve(op, CPU, backend)
+            resolve(op, CPU, torch.float32, backend)
         message = str(caught.value)
         assert any(
             remedy in message for remedy in ("rebuild", "available there", "no CUDA", "Triton")
@@ -81,17 +81,17 @@ def test_an_explicit_request_never_falls_back(op):
 
 
 def test_missing_cuda_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(_dispatch, "build_info", lambda: {**build_info(), "cuda": None})
+    monkeypatch.setitem(_dispatch.BUILD_INFO, "cuda", None)
     with pytest.raises(RuntimeError, match="KLQ_CUDA=1"):
-        resolve("gae", torch.device("cuda"), "cuda")
-    monkeypatch.setattr(_dispatch, "build_info", lambda: {**build_info(), "cuda": "13.0"})
+        resolve("gae", torch.device("cuda"), torch.float32, "cuda")
+    monkeypatch.setitem(_dispatch.BUILD_INFO, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        resolve("gae", torch.device("cuda"), "cuda")
+        resolve("gae", torch.device("cuda"), torch.float32, "cuda")
 
 
 def test_other_devices_take_the_reference():
-    assert resolve("gae", torch.device("meta")) == "reference"
+    assert resolve("gae", torch.device("meta"), torch.float32) == "reference"
 
 
 def test_available_backends_says_why_not():
