@@ -113,6 +113,7 @@ def test_compiled_with_scalars_that_change(batch):
 @pytest.mark.parametrize("op", sorted(_dispatch.TABLE))
 def test_the_choice_of_backend_traces_for_a_gpu(op):
     """Needs no GPU: only that nothing on the way calls what Dynamo refuses."""
+    torch.compiler.reset()  # one code object, many ops: not a recompilation
 
     def choose(x):
         return x + len(_dispatch.resolve(op, torch.device("cuda"), torch.float32))

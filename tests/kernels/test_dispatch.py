@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from klq_kernels import _dispatch, available_backends, build_info, token_logprobs, use_backend
+from klq_kernels import _dispatch, available_backends, token_logprobs, use_backend
 from klq_kernels._dispatch import TABLE, resolve
 from klq_kernels._registry import SPECS
 
