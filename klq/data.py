@@ -18,19 +18,31 @@ from torch import Tensor
 
 from klq.rollout import Rollout
 
+# What reward functions get by these names comes from the model, never from the dataset.
+REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+
 
 class Prompts:
     """A dataset with a `prompt` column: a string, a list of messages, or a list of token ids.
 
     dataset: list of dicts or a `datasets.Dataset`. A column `prompt_ids` is used before `prompt`.
+        A column that only some rows have is None in the others.
     room: longest prompt that leaves space for the response in the model's context (None: no limit).
     keep: longer prompts lose their beginning down to so many tokens; None refuses what does not fit
-        in `room`, which is checked over the whole dataset here and now.
-    Raises ValueError or TypeError naming the row.
+        in `room`.
+    vocab_size: token ids must be below it (None: not known).
+    Raises ValueError or TypeError naming the row: every row is looked at here and now.
     """
 
     def __init__(
-        self, dataset: Any, tokenizer: Any, *, room: int | None, keep: int | None, seed: int = 0
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        *,
+        room: int | None,
+        keep: int | None,
+        seed: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         if dataset is None or len(dataset) == 0:
             raise ValueError("the dataset is empty: give at least one row with a prompt")
@@ -43,10 +55,21 @@ class Prompts:
                 f"max_prompt_length must be at most {room}: the model's context less the response"
             )
         self.dataset, self.tokenizer, self.room, self.keep = dataset, tokenizer, room, keep
-        self.seed = seed
-        if keep is None and room is not None:
-            for i in range(len(dataset)):
-                self.ids(dataset[i], i)
+        self.seed, self.vocab_size = seed, vocab_size
+        columns: dict[str, None] = {}
+        for i in range(len(dataset)):
+            row = dataset[i]
+            if not {"prompt", "prompt_ids"} & set(row):
+                raise ValueError(f"row {i} has no `prompt` (nor `prompt_ids`)")
+            columns |= dict.fromkeys(row)
+            self.ids(row, i)
+        taken = sorted(set(columns) & REWARD_ARGUMENTS)
+        if taken:
+            raise ValueError(
+                f"the dataset has a column {', '.join(taken)}, the name of what reward functions "
+                "get from the model: rename it"
+            )
+        self.columns = [name for name in columns if name not in ("prompt", "prompt_ids")]
 
     def ids(self, row: dict, where: int) -> list[int]:
         """Token ids of a row's prompt."""
@@ -66,6 +89,11 @@ class Prompts:
                 raise TypeError(f"row {where}: prompt must be text, messages or token ids")
         if not ids:
             raise ValueError(f"row {where}: the prompt has no tokens; it needs at least one")
+        if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(
+                f"row {where}: the prompt has token ids from {min(ids)} to {max(ids)}, the model's "
+                f"vocabulary goes from 0 to {self.vocab_size - 1}"
+            )
         if self.keep is not None:
             return ids[-self.keep :]
         if self.room is not None and len(ids) > self.room:
@@ -84,7 +112,7 @@ class Prompts:
             if offset == 0 or number == start:
                 order = torch.randperm(n, generator=generator)
             where = int(order[offset])
-            rows.append(self.dataset[where])
+            rows.append(self._row(where))
             ids.append(self.ids(rows[-1], where))
         return rows, ids
 
@@ -92,8 +120,11 @@ class Prompts:
         """The dataset once, as it stands, in pieces of at most `size` rows."""
         for start in range(0, len(self.dataset), size):
             where = range(start, min(start + size, len(self.dataset)))
-            rows = [self.dataset[i] for i in where]
+            rows = [self._row(i) for i in where]
             yield rows, [self.ids(row, i) for row, i in zip(rows, where, strict=True)]
+
+    def _row(self, where: int) -> dict[str, Any]:
+        return {**dict.fromkeys(self.columns), **self.dataset[where]}
 
 
 def is_messages(prompt: Any) -> bool:

@@ -94,7 +94,11 @@ class KLQTrainer:
         self.context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         room = None if self.context is None else self.context - args.max_completion_length
         keep = args.max_prompt_length
-        prompts = partial(Prompts, tokenizer=processing_class, room=room, keep=keep, seed=args.seed)
+        vocab_size = policy.get_input_embeddings().num_embeddings
+        prompts = partial(
+            Prompts, tokenizer=processing_class, room=room, keep=keep, seed=args.seed,
+            vocab_size=vocab_size,
+        )  # fmt: skip
         self.train_prompts = prompts(train_dataset)
         if args.eval_every and eval_dataset is None:
             raise ValueError("eval_every needs an eval_dataset")

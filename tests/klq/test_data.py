@@ -94,3 +94,36 @@ def test_rollout_that_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             Batch.of([[1], [2]], rollout, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_column_named_like_what_the_model_answered_is_refused(name):
+    with pytest.raises(ValueError, match=f"column {name}, .*rename"):
+        Prompts([{"prompt": [1]}, {"prompt": [2], name: "x"}], None, room=9, keep=None)
+
+
+def test_column_of_some_rows_is_none_in_the_others(make_trainer):
+    seen = []
+
+    def reward(completions, answer):
+        seen.extend(answer)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(rewards=reward)
+    rows = [{"prompt": [1]}, {"prompt": [2], "answer": "yes"}, {"prompt_ids": [3]}]
+    trainer.train_prompts = Prompts(rows, None, room=9, keep=None)
+    for _ in range(3):
+        trainer.step()
+    assert sorted(seen, key=str) == [None] * 8 + ["yes"] * 4
+    with pytest.raises(ValueError, match="row 1 has no `prompt`"):
+        Prompts([{"prompt": [1]}, {"answer": "yes"}], None, room=9, keep=None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "row 1: the prompt has no tokens"), ([16], "row 1.*token ids from 16"), ([-1, 2], "-1")],
+)
+@pytest.mark.parametrize("keep", [None, 4])
+def test_bad_prompt_is_found_before_the_run(make_trainer, prompt, message, keep):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(prompts=[[1], prompt], max_prompt_length=keep)
