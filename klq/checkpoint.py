@@ -192,7 +192,7 @@ def load_checkpoint(
         )
     separate = (path / TRUNK_DIR).is_dir()
     if separate != (model.value_trunk is not None):
-        kind = "a separate value model" if separate else "its value head on the policy's trunk"
+        kind = "a separate value model" if separate else "its values on the policy's trunk"
         raise ValueError(f"{path} has {kind}: resume with the value_model the run began with")
     if is_peft(model.policy):
         from peft import set_peft_model_state_dict

@@ -10,6 +10,7 @@ Ctrl-C leaves a checkpoint and code 130.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import json
@@ -66,7 +67,7 @@ class _Stop(Exception):
     """An error whose one line says everything."""
 
     def __init__(self, error: Exception, code: int) -> None:
-        super().__init__(str(error))
+        super().__init__(" ".join(str(error).split()) or type(error).__name__)
         self.code = code
 
 
@@ -79,11 +80,19 @@ def _add_train_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
              "reward function, as module:function or file.py:function")  # fmt: skip
     for name, text in zip(OWN, texts, strict=True):
         own.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
+    own.add_argument(
+        "--eval_dataset", default=argparse.SUPPRESS, help="JSON lines, for --eval_every"
+    )
     parser.add_argument("--value_model", default=argparse.SUPPRESS, help="head, separate or a path")
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset")
-    preset = early.parse_known_args(argv)[0].preset
+    early.add_argument("--preset", nargs="?")
+    early.add_argument("--config", nargs="?")
+    found = early.parse_known_args(argv)[0]
+    preset = found.preset
+    if preset is None and found.config is not None:
+        with contextlib.suppress(ValueError, OSError):  # said when the command runs
+            preset = _read_yaml(found.config).get("preset")
     if preset in PRESETS and "train" in argv:
         group = parser.add_argument_group(f"preset {preset}")
         for name, default in preset_options(preset).items():
@@ -123,8 +132,6 @@ def _train(flags: dict[str, Any]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise _Stop(error, 2) from error
 
-    from klq.rewards import RewardError
-
     main_process = trainer.accelerator.is_main_process
     try:
         if preset.before and main_process:
@@ -134,7 +141,7 @@ def _train(flags: dict[str, Any]) -> int:
         if preset.report and main_process:
             report = json.dumps(preset.report(trainer), indent=1)
             (out / "report.json").write_text(report + "\n")
-    except (RewardError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         raise _Stop(error, 1) from error
     if main_process:
         print(f"curves: {out / 'curves.png'}")
@@ -165,19 +172,32 @@ def _build(name: str | None, settings: dict[str, Any], resume: bool) -> tuple[Pr
 
 def _own_experiment(settings: dict[str, Any]) -> Preset:
     model, dataset, reward = (settings.pop(key) for key in OWN)
-    value_model = settings.pop("value_model", "head")
+    value_model, held_out = settings.pop("value_model", "head"), settings.pop("eval_dataset", None)
     known = {f.name for f in fields(KLQConfig)} | set(TAU_NAMES)
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}")
-    lines = Path(dataset).read_text().splitlines()
     kwargs = {
         "model": model,
-        "train_dataset": [json.loads(line) for line in lines if line.strip()],
+        "train_dataset": _rows(dataset),
+        "eval_dataset": None if held_out is None else _rows(held_out),
         "reward_funcs": _function(reward),
         "value_model": value_model,
     }
     return Preset(merged({}, settings), kwargs)
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if rows and not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number} must be an object with a prompt")
+    return rows
 
 
 def _function(where: str) -> Callable:
@@ -203,13 +223,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings as `name: value` lines")
-    floats = {f.name for f in fields(KLQConfig) if field_type(f)[0] is float} | set(TAU_NAMES)
+    kinds = {f.name: field_type(f)[0] for f in fields(KLQConfig)}
+    kinds |= dict.fromkeys(TAU_NAMES, float)
     for name, value in content.items():
-        if name in floats and isinstance(value, str):
+        kind, many = kinds.get(name), isinstance(value, list)
+        if kind is float or (many and kind == list[float]):
             try:
-                content[name] = float(value)
+                read = [float(v) if isinstance(v, str) else v for v in (value if many else [value])]
             except ValueError:
                 raise ValueError(f"{path}: {name} must be a number, got {value!r}") from None
+            content[name] = read if many else read[0]
     return content
 
 

@@ -98,7 +98,9 @@ class KLQConfig:
     def _check_types(self) -> None:
         """Integers stand for floats, and one tracker for a list; anything else is a TypeError."""
         if isinstance(self.report_to, str):
-            self.report_to = [] if self.report_to == "none" else [self.report_to]
+            self.report_to = [self.report_to]
+        if self.report_to == ["none"]:
+            self.report_to = []
         for f in fields(self):
             value, (kind, optional) = getattr(self, f.name), field_type(f)
             if value is None and optional:
@@ -145,6 +147,8 @@ class KLQConfig:
         for name in ("temperature", "cliprange", "cliprange_value", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "greater than 0")
         need(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids, 0 or more")
+        # numpy takes 32 bits, and every process adds its number.
+        need(self.seed < 2**31, "seed", "below 2**31")
         need(0 <= self.gamma <= 1, "gamma", "between 0 and 1")
         need(0 <= self.lam <= 1, "lam", "between 0 and 1")
         need(0 < self.alpha <= 1, "alpha", "greater than 0 and at most 1")

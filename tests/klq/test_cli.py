@@ -41,6 +41,9 @@ def error_of(capsys, *argv):
         (["--preset", "exact", "--model", "x"], "--model and --preset exclude each other"),
         (["--model", "x"], "give --preset (docsum, exact), or all of --model"),
         (["--preset", "exact", "--config", "/no/such.yaml"], "No such file"),
+        (["--preset"], "argument --preset: expected one argument"),
+        (["--preset", "exact", "--seed", str(2**32)], "seed must be below 2**31"),
+        (["--preset", "exact", "--eval_dataset", "x"], "has no setting eval_dataset"),
     ],
 )
 def test_mistake_is_one_line_and_code_2(capsys, tmp_path, monkeypatch, argv, message):
@@ -121,10 +124,49 @@ def test_yaml_file_holds_the_same_names(capsys, tmp_path):
         ("- a\n", "must hold settings"),
         ("a: [1\n", "is not YAML"),
         ("preset: exact\nlam: high\n", "lam must be a number, got 'high'"),
+        ("preset: exact\nreward_weights: [a]\n", "reward_weights must be a number"),
+        ("preset: exact\nreport_to: [1]\n", "report_to must be a list of str, got 1 in it"),
     ]:
         file.write_text(text)
         code, line = error_of(capsys, "train", "--config", str(file))
         assert code == 2 and message in line
+
+
+def test_preset_of_the_file_brings_its_options_and_lists_are_numbers(capsys, tmp_path):
+    file, out = tmp_path / "c.yaml", tmp_path / "run"
+    file.write_text(f"preset: docsum\noutput_dir: {out}\n")
+    code, line = error_of(capsys, "train", "--config", str(file), "--size", "huge")
+    assert code == 2 and "size of the preset docsum must be" in line
+    file.write_text(f'preset: exact\noutput_dir: {out}\nreward_weights: ["1e-1"]\n')
+    assert main(["train", "--config", str(file), *SMALL, "--report_to", "none"]) == 0
+    config = json.loads((out / CONFIG).read_text())
+    assert config["reward_weights"] == [0.1] and config["report_to"] == []
+
+
+def test_run_that_cannot_be_resumed_is_one_line_and_code_1(capsys, tmp_path):
+    flags = ["train", "--preset", "exact", "--output_dir", str(tmp_path / "run"), *SMALL]
+    assert main(flags) == 0
+    capsys.readouterr()
+    for change in (["--seed", "1"], ["--value_model", "separate"]):
+        code, line = error_of(capsys, *flags, "--resume", *change)
+        assert code == 1 and ("keeps its settings" in line or "resume with the value" in line)
+
+
+def test_model_that_does_not_exist_is_one_line(capsys, own):
+    flags = {**own, "model": own["model"] + "-no"}
+    code, line = error_of(capsys, *argv(flags, "short"))
+    assert code == 2 and "model-no" in line
+
+
+def test_evaluation_on_a_file(capsys, own, tmp_path):
+    flags = argv({**own, "eval_dataset": own["dataset"]}, "short")
+    assert main([*flags, "--eval_every", "2"]) == 0
+    last = read_jsonl(Path(own["output_dir"]) / "metrics.jsonl")[-1]
+    assert "eval/scores" in last
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1"}\n{"prom')
+    capsys.readouterr()
+    code, line = error_of(capsys, *argv({**own, "output_dir": "x"}, "short"))
+    assert code == 2 and "data.jsonl, line 2 is not JSON" in line
 
 
 def test_held_directory_is_refused_before_anything_is_built(capsys, tmp_path, monkeypatch):
