@@ -136,6 +136,12 @@ def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
     """
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapter = peft_config or getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(adapter).__name__} puts its own tokens before the prompt, which the loop does "
+            "not know of: use an adapter of weights, such as LoraConfig"
+        )
     if peft_config is not None:
         try:
             import peft
@@ -168,8 +174,14 @@ def check_linear_head(lm: nn.Module) -> None:
         raise ValueError(f"the logits of {name} are not a linear head on its last hidden state")
 
 
-def frozen(model: nn.Module) -> PolicyValueModel:
-    """`model` as a reference: no gradients, no value function."""
+def frozen(model: nn.Module, policy: nn.Module) -> PolicyValueModel:
+    """`model` as the reference of `policy`: no gradients, no value function.
+
+    ValueError if the two share a parameter: training would move the reference too.
+    """
+    own = {p.data_ptr() for p in policy.parameters() if p.numel()}
+    if any(p.numel() and p.data_ptr() in own for p in model.parameters()):
+        raise ValueError("ref_model shares parameters with the policy: give a copy, or None")
     return PolicyValueModel(model.requires_grad_(False))
 
 
@@ -183,6 +195,8 @@ def with_value(
         that holds a value function, which is loaded strictly.
     """
     model = PolicyValueModel(policy, trunk_grad_scale=trunk_grad_scale)
+    if not model.policy_parameters():
+        raise ValueError("the policy has no parameter with requires_grad: nothing could be trained")
     lm, trunk, source = model.lm, None, None
     if isinstance(value_model, nn.Module):
         trunk = value_model.base_model

@@ -9,6 +9,8 @@ stopped, so a pad token that equals EOS, or an EOS inside a prompt, cannot misle
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +83,7 @@ class HFRollout:
     sampling: truncated distributions have renormalised log-probs, and the log-ratio enters the KLQ
     residual linearly. `generation_kwargs` puts one of SAMPLING_SETTINGS back, at the price of a
     warning. Dropout is off: the trainer keeps the model in eval mode.
+    `autocast` makes the context to sample in: the one that training computes log-probs in.
 
     Raises ValueError if generation_kwargs holds anything else or an impossible value.
     """
@@ -94,6 +97,7 @@ class HFRollout:
         max_completion_length: int,
         temperature: float,
         generation_kwargs: dict | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         unknown = sorted(set(generation_kwargs or {}) - SAMPLING_SETTINGS)
         if unknown:
@@ -108,7 +112,7 @@ class HFRollout:
                 "so responses sampled otherwise bias the log-ratio",
                 sorted(generation_kwargs),
             )
-        self.lm, self.eos, self.pad_id = lm, eos, pad_id
+        self.lm, self.eos, self.pad_id, self.autocast = lm, eos, pad_id, autocast
         settings = {
             "do_sample": True,
             "temperature": float(temperature),
@@ -141,11 +145,12 @@ class HFRollout:
             attention[row, width - len(ids) :] = 1
         own, self.lm.generation_config = self.lm.generation_config, self.config
         try:
-            out = self.lm.generate(
-                input_ids=tokens.to(device),
-                attention_mask=attention.to(device),
-                generation_config=self.config,
-            )
+            with self.autocast():
+                out = self.lm.generate(
+                    input_ids=tokens.to(device),
+                    attention_mask=attention.to(device),
+                    generation_config=self.config,
+                )
         finally:
             self.lm.generation_config = own
         responses, reasons = [], []

@@ -108,9 +108,7 @@ class KLQTrainer:
             ref_model = copy.deepcopy(policy)
         self.reference = None
         if ref_model is not None:
-            if ref_model is policy:
-                raise ValueError("ref_model is the policy itself: give a copy, or None")
-            reference = frozen(load_policy(ref_model))
+            reference = frozen(load_policy(ref_model), policy)
             self.reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         model = with_value(policy, value_model, args.value_trunk_grad_scale)
         self.model, self.optimizer = self.accelerator.prepare(model, adamw(model, args))
@@ -130,6 +128,7 @@ class KLQTrainer:
             max_completion_length=args.max_completion_length,
             temperature=args.temperature,
             generation_kwargs=args.generation_kwargs,
+            autocast=self.accelerator.autocast,
         )
         self.update = 0  # updates done
         self.consumed = 0  # prompts used by all processes

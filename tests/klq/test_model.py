@@ -101,7 +101,7 @@ def test_training_moves_the_policy_and_never_the_reference(make_trainer, tiny):
     reference, policy = trainer.reference.lm.state_dict(), trainer.policy.state_dict()
     assert all(torch.equal(start[k], reference[k]) for k in start)
     assert any((start[k] != policy[k]).any() for k in start)
-    with pytest.raises(ValueError, match="ref_model is the policy itself"):
+    with pytest.raises(ValueError, match="ref_model shares parameters"):
         lm = tiny()
         make_trainer(model=lm, trainer_kwargs={"ref_model": lm})
 
@@ -171,3 +171,29 @@ def test_peft_config_without_peft_says_what_to_install(tiny, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
         load_policy(tiny(), peft_config=object())
+
+
+def test_reference_that_shares_parameters_is_refused(make_trainer, tiny):
+    peft = pytest.importorskip("peft")
+    lm = tiny()
+    with pytest.raises(ValueError, match="ref_model shares parameters with the policy"):
+        make_trainer(model=lm, trainer_kwargs={"ref_model": lm})
+    assert all(p.requires_grad for p in lm.parameters())
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value"])
+    with pytest.raises(ValueError, match="ref_model shares parameters with the policy"):
+        make_trainer(model=lm, trainer_kwargs={"ref_model": lm, "peft_config": config})
+    other = tiny()
+    other.get_output_embeddings().weight = lm.get_output_embeddings().weight
+    with pytest.raises(ValueError, match="ref_model shares parameters with the policy"):
+        make_trainer(model=lm, trainer_kwargs={"ref_model": other})
+
+
+def test_prompt_learning_and_frozen_policies_are_refused(make_trainer, tiny):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="PromptTuningConfig puts its own tokens before"):
+        make_trainer(trainer_kwargs={"peft_config": config})
+    with pytest.raises(ValueError, match="PromptTuningConfig puts its own tokens before"):
+        make_trainer(model=peft.get_peft_model(tiny(), config))
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
+        make_trainer(model=tiny().requires_grad_(False))

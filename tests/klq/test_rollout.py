@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import GenerationConfig
 
 from klq.rollout import HFRollout, eos_ids
@@ -140,3 +141,16 @@ def test_case_79_log_probs_everywhere_are_of_the_sampling_temperature(make_train
         truth = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         found = batch.stored["old_logprobs"][row, : len(ids)]
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_samples_from_the_model_that_training_sees(make_trainer, tiny):
+    lm, seen = tiny(), []
+    AcceleratorState._reset_state(reset_partial_state=True)  # its precision is the process's
+    try:
+        trainer = make_trainer(model=lm, bf16=True)
+        head = lm.get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        trainer.rollout_engine.generate([[1, 2]])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen and set(seen) == {torch.bfloat16}
