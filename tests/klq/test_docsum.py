@@ -315,6 +315,20 @@ def test_kl_of_a_temperature_and_of_greedy(material):
         assert kl == pytest.approx(total, rel=1e-3)
 
 
+def test_every_chunk_has_its_own_random_numbers(material, monkeypatch):
+    """Whatever the policy did before, a chunk meets the same numbers."""
+    state, generate = [], docsum.HFRollout.generate
+
+    def watched(self, ids):
+        state.append(torch.initial_seed())
+        return generate(self, ids)
+
+    monkeypatch.setattr(docsum.HFRollout, "generate", watched)
+    model, rows = material.model, material.held_out[:6]
+    docsum.measure(model, model, material.tokenizer, rows, max_tokens=4, samples=2, chunk=3)
+    assert len(set(state)) == 4
+
+
 def test_paired():
     mean, se = docsum.paired(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]))
     assert mean == pytest.approx(1) and se == pytest.approx(1 / 3**0.5)
@@ -336,7 +350,17 @@ def test_whole_path(corpus, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     trainer = KLQTrainer(args=preset.args, **preset.trainer_kwargs)
     trainer.train()
+    shown = []
+    measure = docsum.measure
+
+    def watched(policy, sft, tokenizer, rows, **settings):
+        shown.extend(row["prompt"] for row in rows)
+        return measure(policy, sft, tokenizer, rows, **settings)
+
+    monkeypatch.setattr(docsum, "measure", watched)
     table = preset.report(trainer)
+    held_out = {row["prompt"] for row in preset.trainer_kwargs["eval_dataset"]}
+    assert len(shown) == 5 * 16 and held_out and not held_out & set(shown)
 
     assert list(table["policies"]) == ["SFT", "SFT, T = 0.7", "SFT, greedy", "no reward", "KLQ"]
     assert table["prompts"] == 16 and isinstance(table["passed"], bool)
@@ -348,7 +372,10 @@ def test_whole_path(corpus, tmp_path, monkeypatch, capsys):
         metrics = read_jsonl(tmp_path / directory / "metrics.jsonl")
         assert len(metrics) == 3 and all(f"rewards/{reward}" in row for row in metrics)
     assert policies["KLQ"]["kl"] != policies["no reward"]["kl"]
-    assert "minus no reward" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "minus no reward" in text and "one training run" in text
+    with pytest.raises(ValueError, match="temperature of the preset docsum"):
+        load_preset("docsum", temperature=0.7, use_cpu=True)
 
 
 @pytest.mark.parametrize("wrong", [{"size": "huge"}, {"eval_prompts": 1}, {"eval_samples": 0}])
