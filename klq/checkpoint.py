@@ -19,6 +19,8 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,16 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Whatever is drawn within (torch, numpy, python), afterwards it has not been."""
+    state = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(state)
+
+
 class GracefulInterrupt:
     """While active, a first Ctrl-C only sets `requested`; a second one interrupts at once.
 
@@ -268,7 +280,10 @@ class GracefulInterrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this update, with a checkpoint; Ctrl-C again stops at once")
+        # Not print: the signal may have come within one, and its buffer takes no second writer.
+        os.write(
+            2, b"\nstopping after this update, with a checkpoint; Ctrl-C again stops at once\n"
+        )
 
     def __enter__(self) -> GracefulInterrupt:
         self._installed = threading.current_thread() is threading.main_thread()

@@ -32,6 +32,7 @@ from klq.checkpoint import (
     fingerprint,
     load_checkpoint,
     prepare_output_dir,
+    random_numbers_kept,
     save_checkpoint,
 )
 from klq.config import KLQConfig
@@ -329,9 +330,8 @@ class KLQTrainer:
         set with its own numbers.
         """
         sums: dict[str, Tensor | float] = {}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+        with random_numbers_kept():
+            set_seed(self.args.seed, device_specific=True)
             for rows, ids in self.eval_prompts.in_order(self.args.local_batch_size):
                 add_sums(sums, self.measure(self.sample(rows, ids, Clock())))
         metrics = objective_metrics(self._sum(sums), self.args.tau)

@@ -140,6 +140,8 @@ def load(overrides: dict[str, Any], *, value_model: str = "head") -> Preset:
     args = merged(DEFAULTS, overrides)
     if args.max_completion_length != LENGTH:
         raise ValueError(f"max_completion_length of the preset exact is {LENGTH}")
+    if args.truncation == "bootstrap":
+        raise ValueError("truncation of the preset exact is score: every completion ends by length")
     model, table = tiny_model(args.seed), reward_table(args.seed)
     truth = Truth(joint_logprobs(model, args.temperature), table, args.tau)
 

@@ -41,6 +41,7 @@ def error_of(capsys, *argv):
         (["--preset", "exact", "--model", "x"], "--model and --preset exclude each other"),
         (["--model", "x"], "give --preset (docsum, exact), or all of --model"),
         (["--preset", "exact", "--config", "/no/such.yaml"], "No such file"),
+        (["--preset", "exact", "--truncation", "bootstrap"], "truncation of the preset exact"),
         (["--preset"], "argument --preset: expected one argument"),
         (["--preset", "exact", "--seed", str(2**32)], "seed must be below 2**31"),
         (["--preset", "exact", "--eval_dataset", "x"], "has no setting eval_dataset"),

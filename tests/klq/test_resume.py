@@ -201,7 +201,7 @@ def test_case_84_interrupt_leaves_one_clean_checkpoint_and_code_130(tmp_path, mo
     assert curves(run) == curves(tmp_path / "whole")
 
 
-def test_case_84_second_interrupt_stops_at_once(make_trainer):
+def test_case_84_second_interrupt_stops_at_once(make_trainer, capfd):
     def impatient(completion_ids):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -211,6 +211,7 @@ def test_case_84_second_interrupt_stops_at_once(make_trainer):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.update == 0 and not checkpoints(trainer.args.output_dir)
+    assert capfd.readouterr().err.count("stopping after this update") == 1
 
 
 def test_case_83_directory_that_holds_a_run_is_refused(make_trainer, tmp_path):

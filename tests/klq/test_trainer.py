@@ -3,11 +3,13 @@
 
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from klq import KLQConfig, KLQTrainer
 from klq.logging import METRICS, SAMPLES, RunLog, read_jsonl
+from klq.rewards import Rewards
 
 ALWAYS = {
     "update", "episode", "lr", "objective/kl", "objective/scores", "objective/rlhf_reward",
@@ -81,7 +84,11 @@ def test_evaluation_does_not_disturb_training(make_trainer, tmp_path):
     assert rows[1]["eval/completions/mean_length"] > 0
     pairs = zip(plain.unwrapped.parameters(), watched.unwrapped.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    states = random.getstate(), np.random.get_state()[2]
+    watched.rewards = Rewards(lambda completions: [random.random() + np.random.rand()] * 4)
+    watched.eval_prompts.dataset = watched.eval_prompts.dataset[:4]
     assert watched.evaluate() == watched.evaluate()
+    assert states == (random.getstate(), np.random.get_state()[2])
     with pytest.raises(ValueError, match="eval_every needs an eval_dataset"):
         make_trainer(eval_every=1)
 
