@@ -10,8 +10,8 @@ without its record is worth less than a stopped one.
 Metrics, averaged over active tokens (kl, scores: over responses) and over processes:
 
     objective/kl                 sum over the response of log pi - log pi_ref, before the update
-    objective/scores             weighted sum of the reward functions, less missing_eos_penalty where
-                                 it is due; rewards/<name>: each function alone
+    objective/scores             weighted sum of the reward functions, less a missing_eos_penalty;
+                                 rewards/<name>: each function alone
     objective/rlhf_reward        scores - tau * kl
     objective/entropy            of the policy, a token
     klq/residual_rms             root mean square of Q - G over the update's optimiser steps

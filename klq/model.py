@@ -131,8 +131,8 @@ def is_peft(model: nn.Module) -> bool:
 def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
     """The policy, wrapped by peft if so configured.
 
-    Loaded by name it is float32, and bfloat16 is a matter of autocast (`bf16`). A module given keeps
-    its dtype, also in the optimiser: give a float32 one unless that is meant.
+    Loaded by name it is float32, and bfloat16 is a matter of autocast (`bf16`). A module given
+    keeps its dtype, also in the optimiser: give a float32 one unless that is meant.
 
     Raises ValueError if the model's logits are not a linear head on its last hidden state, or its
     generation config is one that transformers refuses to save.
