@@ -36,7 +36,7 @@ lint: $(READY)
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(shell find csrc -type f)
+	$(dir $(PY))clang-format -i $(shell find csrc -type f)
 
 .venv/.ready: $(SOURCES)
 	test -x .venv/bin/python || python3 -m venv .venv

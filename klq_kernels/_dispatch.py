@@ -17,15 +17,15 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 # op -> backend -> device types it has a kernel for; `reference` is plain PyTorch and runs anywhere.
 _CPU, _GPU = ("cpu",), ("cuda",)
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "token_logprobs": {"cpp": _CPU},
-    "token_log_ratios": {"cpp": _CPU},
-    "token_stats": {"cpp": _CPU},
-    "q_values": {"cpp": _CPU},
-    "boltzmann_values": {"cpp": _CPU},
+    "token_logprobs": {"cpp": _CPU, "cuda": _GPU},
+    "token_log_ratios": {"cpp": _CPU, "cuda": _GPU},
+    "token_stats": {"cpp": _CPU, "cuda": _GPU},
+    "q_values": {"cpp": _CPU, "cuda": _GPU},
+    "boltzmann_values": {"cpp": _CPU, "cuda": _GPU},
     "lambda_returns": {"cpp": _CPU, "cuda": _GPU},
     "gae": {"cpp": _CPU, "cuda": _GPU},
     "klq_targets": {"cpp": _CPU},
-    "klq_loss": {"cpp": _CPU},
+    "klq_loss": {"cpp": _CPU, "cuda": _GPU},
     "linear_token_logprobs": {"cpp": _CPU},
     "linear_token_stats": {"cpp": _CPU},
     "linear_klq_loss": {"cpp": _CPU},

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "cpu/rows.h"
+#include "layout.h"
 
 namespace klq {
 
@@ -41,31 +42,15 @@ inline Type type_of(const char* op, const Tensor& x) {
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 inline bool is_double(const MaybeTensor& x) { return x.has_value() && is_double(*x); }
 
-// Rows [..., V] of a tensor read where they lie: the leading dimensions must collapse to two.
+// Rows [..., V] of a tensor, read where they lie.
 inline Rows rows_of(const char* op, const Tensor& x) {
-  const int64_t dims = x.dim();
-  KLQ_CHECK(op, dims >= 1 && x.size(dims - 1) >= 1, "expected [..., V] with V >= 1");
+  const RowLayout l = row_layout(op, x);
   Rows r;
   r.data = static_cast<char*>(x.data_ptr());
   r.type = type_of(op, x);
   r.size = x.element_size();
-  r.width = x.size(dims - 1);
-  r.count = x.numel() / r.width;
-  if (r.count == 0) return r;
-  KLQ_CHECK(op, r.width == 1 || x.stride(dims - 1) == 1, "the vocabulary must have unit stride");
-  int groups = 0;
-  int64_t next = 0;
-  for (int64_t d = dims - 2; d >= 0; --d) {
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (size == 1) continue;
-    if (groups == 0 || stride != next) {
-      ++groups;
-      KLQ_CHECK(op, groups <= 2, "the leading dimensions must collapse to two strides");
-      (groups == 1 ? r.inner_stride : r.outer_stride) = stride;
-    }
-    if (groups == 1) r.inner *= size;
-    next = stride * size;
-  }
+  r.width = l.width, r.count = l.count;
+  r.inner = l.inner, r.inner_stride = l.inner_stride, r.outer_stride = l.outer_stride;
   return r;
 }
 

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper instructions the row kernels need: mbarriers, bulk copies into shared memory, and
+// stores into the shared memory of the other blocks of a cluster. Empty below sm_90.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace klq::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
+}
+__device__ __forceinline__ void barrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// One arrival that also announces `bytes` still to come.
+__device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+template <bool CLUSTER = false>
+__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
+  if constexpr (CLUSTER) {  // what other blocks wrote is visible after it; dearer than the other
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra WAIT%=;\n}" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+    return;
+  }
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT%=;\n}" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+}
+// Both addresses and `bytes` are multiples of 16.
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
+                                          uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(bar)
+      : "memory");
+}
+// `address` of this block, in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+// Two floats into another block's shared memory; its barrier counts the 8 bytes.
+__device__ __forceinline__ void send_pair(uint32_t to, float x, float y, uint32_t bar) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          to),
+      "r"(__float_as_uint(x)), "r"(__float_as_uint(y)), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+#endif
+
+}  // namespace klq::cuda

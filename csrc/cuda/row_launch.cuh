@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses and launches the row kernel for a shape: ring or stream, and how a row is cut. Chosen
+// from shapes, types and addresses only, never from how many rows there are, so that a row gives
+// the same bits alone and in a batch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <type_traits>
+
+#include "cuda/row_ring.cuh"
+#include "cuda/row_stream.cuh"
+
+namespace klq::cuda {
+
+// A row op's rows: what it reads, and where a gradient goes.
+struct RowSet {
+  Rows rows;
+  const Rows* ref = nullptr;
+  const Rows* out = nullptr;
+  ActiveRows active;
+};
+
+// Whether the rows of two tensors have the same type and addresses that agree modulo 16.
+inline bool alike(const Rows& a, const Rows* b) {
+  if (!b) return true;
+  const int64_t size = a.type == Type::f32 ? 4 : 2;
+  auto agree = [&](int64_t x, int64_t y) { return (x - y) * size % 16 == 0; };
+  return a.type == b->type &&
+         (reinterpret_cast<intptr_t>(a.data) - reinterpret_cast<intptr_t>(b->data)) % 16 == 0 &&
+         a.inner == b->inner && agree(a.inner_stride, b->inner_stride) &&
+         (a.inner >= a.count || agree(a.outer_stride, b->outer_stride));
+}
+
+constexpr int kMaxDevices = 64;
+
+struct Device {
+  int id = 0, sms = 0, shared = 0, major = 0;
+};
+
+inline cudaError_t this_device(Device* d) {
+  if (cudaError_t e = cudaGetDevice(&d->id)) return e;
+  if (d->id >= kMaxDevices) return cudaErrorInvalidDevice;
+  if (cudaError_t e = cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, d->id))
+    return e;
+  if (cudaError_t e =
+          cudaDeviceGetAttribute(&d->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->id))
+    return e;
+  return cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, d->id);
+}
+
+// A kernel made ready for one device, once.
+struct RingKernel {
+  cudaError_t error = cudaSuccess;
+  bool usable = false;   // built for an architecture that has bulk copies
+  int clusters[9] = {};  // how many clusters of a size the device holds at once
+};
+
+template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
+const RingKernel& ring_kernel(const Device& device) {
+  static RingKernel table[kMaxDevices];
+  static std::once_flag once[kMaxDevices];
+  RingKernel& k = table[device.id];
+  std::call_once(once[device.id], [&] {
+    auto kernel = row_ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>;
+    cudaFuncAttributes found{};
+    if ((k.error = cudaFuncGetAttributes(&found, kernel))) return;
+    k.usable = found.ptxVersion >= 90 &&
+               int64_t(found.sharedSizeBytes) + Shape::kBytes <= int64_t(device.shared);
+    if (!k.usable) return;
+    k.error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
+    for (int size = 1; size <= 8 && !k.error; ++size) {
+      k.clusters[size] = device.sms * Shape::kBlocks / size;
+      if (size == 1) continue;
+      if (!CLUSTERED) break;
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {unsigned(size), 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(size);
+      config.blockDim = dim3(Shape::kThreads);
+      config.dynamicSmemBytes = Shape::kBytes;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      // processor groups whose size is no multiple of the cluster's hold fewer
+      k.error = cudaOccupancyMaxActiveClusters(&k.clusters[size], kernel, &config);
+    }
+  });
+  return k;
+}
+
+// *done = false: this device or this build has no ring for the shape.
+template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
+cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int cluster,
+                        const Device& device, cudaStream_t stream, bool* done) {
+  const RingKernel& k = ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>(device);
+  if (k.error || !k.usable || k.clusters[cluster] < 1) return k.error;
+  Ring ring{};
+  const int body = int(set.rows.width / Vec<T>::kWidth);
+  ring.cluster = cluster;
+  ring.slice = (body + cluster - 1) / cluster;
+  ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
+  ring.chunk = (ring.slice + ring.chunks - 1) / ring.chunks;
+  if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
+  const int clusters = int(std::min<int64_t>(k.clusters[cluster], set.rows.count));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(clusters * cluster);
+  config.blockDim = dim3(Shape::kThreads);
+  config.dynamicSmemBytes = Shape::kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = CLUSTERED;
+  *done = true;
+  return cudaLaunchKernelEx(&config, row_ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>, set.rows,
+                            set.ref ? *set.ref : Rows{}, set.out ? *set.out : Rows{}, set.active,
+                            ring, scale, op);
+}
+
+template <int LANES>
+unsigned stream_grid(const Rows& rows, const Device& device) {
+  using G = Group<LANES>;
+  const int64_t blocks = (rows.count + G::kTogether - 1) / G::kTogether;
+  return unsigned(std::min<int64_t>(blocks, int64_t(device.sms) * (2048 / G::kThreads)));
+}
+
+template <class Reader, bool CAPPED, class Op, int LANES>
+cudaError_t launch_stream(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
+                          cudaStream_t stream) {
+  const unsigned grid = stream_grid<LANES>(set.rows, device);
+  row_stream_kernel<Reader, CAPPED, Op, LANES><<<grid, Group<LANES>::kThreads, 0, stream>>>(
+      set.rows, set.ref ? *set.ref : Rows{}, set.out ? *set.out : Rows{}, set.active, scale, op);
+  return cudaGetLastError();
+}
+
+constexpr int64_t kWarpRow = 4 << 10;  // bytes: a row for one warp
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+template <int N>
+using Lanes = std::integral_constant<int, N>;
+
+// body(reader, lanes) with the reader and the threads a row for these rows
+template <class Body>
+cudaError_t with_reader(const Rows& rows, const Rows* ref, const Rows* out, const Body& body) {
+  if (!alike(rows, ref) || !alike(rows, out)) return body(Tag<Elements>{}, Lanes<256>{});
+  auto typed = [&](auto reader) {
+    const int64_t bytes = rows.width * (rows.type == Type::f32 ? 4 : 2);
+    return bytes <= kWarpRow ? body(reader, Lanes<32>{}) : body(reader, Lanes<256>{});
+  };
+  if (rows.type == Type::f32) return typed(Tag<Vectors<float>>{});
+  return rows.type == Type::bf16 ? typed(Tag<Vectors<bf16>>{}) : typed(Tag<Vectors<f16>>{});
+}
+
+constexpr int64_t kShortRow = 16 << 10;  // bytes: a row whose second read comes from L1
+
+// *done = false: no ring for this shape, layout or device.
+template <class T, bool CAPPED, class Op>
+cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
+                     cudaStream_t stream, bool* done) {
+  const int64_t bytes = set.rows.width * int64_t(sizeof(T));
+  if (bytes <= kShortRow) return cudaSuccess;
+  if constexpr (!Op::kGrad) {
+    using Shape = RingShape<256, 32, 2, 8, 3>;
+    return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
+  } else {
+    using Shape = RingShape<256, 256, 4, 13, 1>;
+    // room for the row and for a quarter of it to be on its way
+    const int64_t room = int64_t(Shape::kStages - 3) * Shape::kStage * 16;
+    if (bytes <= room)
+      return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
+    int cluster = 2;
+    while (cluster < 8 && bytes > room * cluster) cluster *= 2;
+    if (const char* e = getenv("KLQ_CL")) if (atoi(e)) cluster = atoi(e);  // XXX
+    return launch_ring<T, CAPPED, Op, true, Shape>(set, scale, op, cluster, device, stream, done);
+  }
+}
+
+template <bool CAPPED, class Op>
+cudaError_t launch(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
+                   cudaStream_t stream) {
+  if (device.major >= 9 && alike(set.rows, set.ref) && alike(set.rows, set.out)) {
+    bool done = false;
+    auto ring = [&](auto t) {
+      return try_ring<decltype(t), CAPPED>(set, scale, op, device, stream, &done);
+    };
+    const Type type = set.rows.type;
+    const cudaError_t error = type == Type::f32    ? ring(float{})
+                              : type == Type::bf16 ? ring(bf16{})
+                                                   : ring(f16{});
+    if (error || done) return error;
+  }
+  return with_reader(set.rows, set.ref, set.out, [&](auto reader, auto lanes) {
+    return launch_stream<typename decltype(reader)::type, CAPPED, Op, lanes.value>(set, scale, op,
+                                                                                   device, stream);
+  });
+}
+
+template <class Op>
+cudaError_t launch(const RowSet& set, Scaling scaling, const Op& op, cudaStream_t stream) {
+  if (set.rows.count == 0) return cudaSuccess;
+  Device device;
+  if (cudaError_t e = this_device(&device)) return e;
+  const Scale scale(scaling);
+  return scaling.softcap > 0 ? launch<true>(set, scale, op, device, stream)
+                             : launch<false>(set, scale, op, device, stream);
+}
+
+}  // namespace klq::cuda

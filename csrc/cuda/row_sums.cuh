@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a row, or a row and the reference's, comes to: running sums and what is made of them.
+//
+// The chosen token's term stays out of the sums (`rest`), which keeps 1 - p exact when p is near 1,
+// in the log-prob (log1p(rest)) and in the gradient (rest / sum).
+#pragma once
+#include "cuda/vec.cuh"
+
+namespace klq::cuda {
+
+// Over elements y (and ref), with t = y factor - point and u likewise for the reference:
+// sum = sum 2^t, ref_sum = sum 2^u, and with MOMENTS plain = sum 2^t t, cross = sum 2^t (t - u).
+template <bool REF, bool MOMENTS>
+struct Sums {
+  float max = -infinity(), sum = 0.0f;
+  float ref_max = -infinity(), ref_sum = 0.0f;
+  float plain = 0.0f, cross = 0.0f;
+  static constexpr int kFloats = 2 + 2 * REF + (1 + REF) * MOMENTS;
+
+  // moves the reference points up to what is now the largest element
+  __device__ __forceinline__ void raise(float to, float ref_to, const Scale& s) {
+    if (to > max) {
+      const float up = s.point(max) - s.point(to);
+      const float f = max == -infinity() ? 0.0f : exp2_fast(up);
+      if (MOMENTS) plain = f * fmaf(up, sum, plain);
+      if (MOMENTS && REF) cross = f * fmaf(up, sum, cross);
+      sum *= f;
+      max = to;
+    }
+    if (REF && ref_to > ref_max) {
+      const float up = s.point(ref_max) - s.point(ref_to);
+      if (MOMENTS) cross = fmaf(-up, sum, cross);
+      ref_sum *= ref_max == -infinity() ? 0.0f : exp2_fast(up);
+      ref_max = ref_to;
+    }
+  }
+  // t and u are exponents at the present points
+  __device__ __forceinline__ void add(float t, float u) {
+    const float e = exp2_fast(t);
+    sum += e;
+    if (REF) ref_sum += exp2_fast(u);
+    if (MOMENTS) plain = fmaf(e, fmaxf(t, -16384.0f), plain);  // 0 * -inf
+    if (MOMENTS && REF) cross = e > 0.0f ? fmaf(e, t - u, cross) : cross;
+  }
+  // N elements y of each row
+  template <int N, int R>
+  __device__ __forceinline__ void add(const float (&y)[N], const float (&ref)[R], const Scale& s) {
+    float top = -infinity(), ref_top = -infinity();
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      top = fmaxf(top, y[e]);
+      if (REF) ref_top = fmaxf(ref_top, ref[e]);
+    }
+    raise(top, ref_top, s);
+    const float here = s.point(max), ref_here = s.point(ref_max);
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      add(fmaf(y[e], s.factor, -here), REF ? fmaf(ref[e], s.factor, -ref_here) : 0.0f);
+  }
+  // over the 32 lanes of a warp; every lane gets the same bits
+  __device__ __forceinline__ void merge_warp(const Scale& s) {
+    float top = max, ref_top = ref_max;
+#pragma unroll
+    for (int o = 16; o; o /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+      if (REF) ref_top = fmaxf(ref_top, __shfl_xor_sync(~0u, ref_top, o));
+    }
+    raise(top, ref_top, s);
+#pragma unroll
+    for (int o = 16; o; o /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, o);
+      if (REF) ref_sum += __shfl_xor_sync(~0u, ref_sum, o);
+      if (MOMENTS) plain += __shfl_xor_sync(~0u, plain, o);
+      if (MOMENTS && REF) cross += __shfl_xor_sync(~0u, cross, o);
+    }
+  }
+  __device__ __forceinline__ void merge(const Sums& other, const Scale& s) {
+    Sums x = other;
+    x.raise(max, ref_max, s);
+    raise(x.max, x.ref_max, s);
+    sum += x.sum;
+    if (REF) ref_sum += x.ref_sum;
+    if (MOMENTS) plain += x.plain;
+    if (MOMENTS && REF) cross += x.cross;
+  }
+  __device__ __forceinline__ void store(float* to) const {
+    to[0] = max, to[1] = sum;
+    if (REF) to[2] = ref_max, to[3] = ref_sum;
+    if (MOMENTS) to[2 + 2 * REF] = plain;
+    if (MOMENTS && REF) to[5] = cross;
+  }
+  __device__ __forceinline__ void load(const float* from) {
+    max = from[0], sum = from[1];
+    if (REF) ref_max = from[2], ref_sum = from[3];
+    if (MOMENTS) plain = from[2 + 2 * REF];
+    if (MOMENTS && REF) cross = from[5];
+  }
+};
+
+// One row: p_j = 2^(y_j factor - point) / raw_sum.
+struct RowSum {
+  float max, chosen;    // y
+  float rest;           // sum over the others of e^((y - max) / T)
+  float point, excess;  // max factor - point, what rounding left
+  float total;          // sum of all e^((y - max) / T)
+  float raw_sum;        // the same at `point`
+  float log_sum;        // log(total)
+  float logprob;
+
+  // chosen is y of the action, -inf where it is none of the row's columns
+  __device__ RowSum(float max_, float raw_rest, float chosen_, const Scale& s)
+      : max(max_), chosen(chosen_) {
+    point = s.point(max);
+    excess = max == -infinity() ? 0.0f : fmaf(max, s.factor, -point);
+    rest = raw_rest * exp2f(-excess);
+    const float x = chosen == max ? 0.0f : (chosen - max) / s.temperature;
+    total = rest + expf(x);
+    raw_sum = total * exp2f(excess);
+    log_sum = chosen == max ? log1pf(rest) : logf(total);
+    const float lp = fminf(x - log_sum, 0.0f);  // never above 0
+    const bool finite = fabsf(max) < infinity() && x == x && log_sum == log_sum;
+    logprob = finite ? lp : not_a_number();
+  }
+};
+
+// What is known of a row before it is read.
+template <class Op>
+struct RowInfo {
+  char *row, *ref;
+  float chosen, ref_chosen;  // y of the action; -inf where it is none of the columns
+  float chosen_z;
+  int action;  // -1 where it is none of the columns
+  int index;
+  typename Op::Inputs inputs;
+};
+
+// H = log S - sum p (z' - max'), and KL = sum p ((z' - max') - (z_b' - max_b')) - log S + log S_b
+template <bool REF>
+__device__ inline void moments(const Sums<REF, true>& sums, const RowSum& row, const RowSum& ref,
+                               const Scale& s, float* entropy, float* kl) {
+  constexpr float kLn2 = 0.693147180559945309f;
+  const float t = fmaf(row.chosen, s.factor, -row.point), e = exp2_fast(t);
+  const float mean = (sums.plain + e * fmaxf(t, -16384.0f)) / row.raw_sum;
+  *entropy = row.log_sum - (mean - row.excess) * kLn2;
+  if (!REF) return;
+  const float u = fmaf(ref.chosen, s.factor, -ref.point);
+  const float cross = (sums.cross + (e > 0.0f ? e * (t - u) : 0.0f)) / row.raw_sum;
+  *kl = (cross - row.excess + ref.excess) * kLn2 - (row.log_sum - ref.log_sum);
+}
+
+}  // namespace klq::cuda

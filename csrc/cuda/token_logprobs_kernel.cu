@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of token log-probs: one read and one write of a row, its sum known from the forward.
+#include "cuda/row_launch.cuh"
+#include "cuda/token_logprobs.h"
+
+namespace klq::cuda {
+namespace {
+
+template <class Reader, bool CAPPED, int LANES>
+__global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
+    token_logprobs_bwd_kernel(const Rows rows, const Rows gradients, const Scale scale,
+                              const LogprobGradArgs a) {
+  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll / 2;
+  const Group<LANES> group;
+  for (int64_t r = group.first; r < rows.count; r += group.step) {
+    if (a.mask && !a.mask[r]) {
+      zero_row<Reader>(rows, gradients, r, group);
+      continue;
+    }
+    const Reader in(rows, nullptr, &gradients, r);
+    const int64_t action = a.actions[r];
+    const float grad = a.grad[r], max = a.row_stats[r], rest = a.row_stats[rows.count + r];
+    const float chosen = a.row_stats[2 * rows.count + r];
+    // p_j = 2^(y_j log2(e) / T - point) 2^-excess / total
+    constexpr float kLog2e = 1.44269504088896340736f;
+    const float total = rest + expf(chosen - max);
+    const float point = max == -infinity() ? 0.0f : max * kLog2e;
+    const float excess = max == -infinity() ? 0.0f : fmaf(max, kLog2e, -point);
+    const float factor = -grad * exp2f(-excess) / total;
+    auto gradient = [&](float z, int column) {
+      if (z == -infinity()) return 0.0f;
+      const float s = slope<CAPPED>(z, scale);
+      if (column == action) return grad * (rest / total) * s;
+      return factor * s * exp2_fast(fmaf(capped<CAPPED>(z, scale), scale.factor, -point));
+    };
+    const int units = in.units();
+    for (int base = group.thread; base < units; base += LANES * U) {
+      float z[U * kWidth];
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (base + u * LANES < units) in.load(base + u * LANES, z + u * kWidth);
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int unit = base + u * LANES;
+        if (unit >= units) continue;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e)
+          z[u * kWidth + e] = gradient(z[u * kWidth + e], in.column(unit) + e);
+        in.store(unit, z + u * kWidth);
+      }
+    }
+    const int edge = group.warp == 0 ? in.edge(group.lane) : -1;
+    if (edge >= 0) in.put(edge, gradient(in.get(edge), edge));
+  }
+}
+
+}  // namespace
+
+cudaError_t logprob_gradient_rows(const Rows& rows, const Rows& gradient, Scaling scaling,
+                                  const LogprobGradArgs& args, cudaStream_t stream) {
+  if (rows.count == 0) return cudaSuccess;
+  const Scale scale(scaling);
+  return with_reader(rows, nullptr, &gradient, [&](auto reader, auto lanes) {
+    using Reader = typename decltype(reader)::type;
+    using G = Group<lanes.value>;
+    // a block a row: the hardware evens out what masks and the end leave uneven
+    const int64_t blocks = (rows.count + G::kTogether - 1) / G::kTogether;
+    auto kernel = scaling.softcap > 0 ? token_logprobs_bwd_kernel<Reader, true, lanes.value>
+                                      : token_logprobs_bwd_kernel<Reader, false, lanes.value>;
+    kernel<<<unsigned(blocks), G::kThreads, 0, stream>>>(rows, gradient, scale, args);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace klq::cuda

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen bytes of logits as floats, and the exponential arithmetic of a row.
+//
+// With y = c tanh(z / c) under a soft-cap, else z, a term e^((y - max) / T) is formed as
+// 2^fma(y, log2(e) / T, -M), M = fl(max log2(e) / T) the same for every term of the row: one
+// multiply-add and one special-function instruction, also for logits around 1000, and what the
+// rounding of M does to all terms alike is undone once a row (`RowSum`).
+#pragma once
+#include <cuda_runtime.h>
+
+#include "cuda/rows.h"
+
+namespace klq::cuda {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <class T>
+struct Vec;  // kWidth elements in a uint4, kPer of them in each of its four words
+
+template <>
+struct Vec<float> {
+  static constexpr int kWidth = 4, kPer = 1;
+  static constexpr uint32_t kMinusInf = 0xff800000u;
+  static constexpr Type kType = Type::f32;
+  static __device__ __forceinline__ float get(const float* p) { return *p; }
+  static __device__ __forceinline__ void put(float* p, float x) { *p = x; }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
+  static __device__ __forceinline__ float top(uint32_t w) { return __uint_as_float(w); }
+  static __device__ __forceinline__ void unpack(uint32_t w, float* x) { x[0] = __uint_as_float(w); }
+  static __device__ __forceinline__ uint32_t pack(const float* x) { return __float_as_uint(x[0]); }
+  // the word without its element e, if it has such a one
+  static __device__ __forceinline__ uint32_t drop(uint32_t w, int e) {
+    return e == 0 ? kMinusInf : w;
+  }
+};
+
+template <>
+struct Vec<bf16> {
+  static constexpr int kWidth = 8, kPer = 2;
+  static constexpr uint32_t kMinusInf = 0xff80ff80u;
+  static constexpr Type kType = Type::bf16;
+  static __device__ __forceinline__ float get(const bf16* p) {
+    return __uint_as_float(uint32_t(p->bits) << 16);
+  }
+  static __device__ __forceinline__ void put(bf16* p, float x) {
+    const float pair[2] = {x, x};
+    p->bits = uint16_t(pack(pair));
+  }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static __device__ __forceinline__ float top(uint32_t w) {
+    float x[2];
+    unpack(w, x);
+    return fmaxf(x[0], x[1]);
+  }
+  static __device__ __forceinline__ void unpack(uint32_t w, float* x) {
+    x[0] = __uint_as_float(w << 16);
+    x[1] = __uint_as_float(w & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t pack(const float* x) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x[1]), "f"(x[0]));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t drop(uint32_t w, int e) {
+    w = e == 0 ? (w & 0xffff0000u) | 0xff80u : w;
+    return e == 1 ? (w & 0xffffu) | 0xff800000u : w;
+  }
+};
+
+template <>
+struct Vec<f16> {
+  static constexpr int kWidth = 8, kPer = 2;
+  static constexpr uint32_t kMinusInf = 0xfc00fc00u;
+  static constexpr Type kType = Type::f16;
+  static __device__ __forceinline__ float get(const f16* p) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(p->bits));
+    return x;
+  }
+  static __device__ __forceinline__ void put(f16* p, float x) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
+  }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static __device__ __forceinline__ float top(uint32_t w) {
+    float x[2];
+    unpack(w, x);
+    return fmaxf(x[0], x[1]);
+  }
+  static __device__ __forceinline__ void unpack(uint32_t w, float* x) {
+    asm("{\n.reg .f16 lo, hi;\nmov.b32 {lo, hi}, %2;\ncvt.f32.f16 %0, lo;\ncvt.f32.f16 %1, hi;\n}"
+        : "=f"(x[0]), "=f"(x[1])
+        : "r"(w));
+  }
+  static __device__ __forceinline__ uint32_t pack(const float* x) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x[1]), "f"(x[0]));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t drop(uint32_t w, int e) {
+    w = e == 0 ? (w & 0xffff0000u) | 0xfc00u : w;
+    return e == 1 ? (w & 0xffffu) | 0xfc000000u : w;
+  }
+};
+
+struct Scale {
+  float factor;                // log2(e) / T
+  float temperature, inverse;  // T, 1 / T
+  float softcap, inv_cap;      // 0: none
+
+  Scale() = default;
+  explicit Scale(Scaling s)
+      : factor(float(1.44269504088896340736 / s.temperature)),
+        temperature(float(s.temperature)),
+        inverse(float(1.0 / s.temperature)),
+        softcap(float(s.softcap)),
+        inv_cap(s.softcap > 0 ? float(1.0 / s.softcap) : 0.0f) {}
+
+  // 2^(y factor) is reckoned from here; never infinite below, where -inf - -inf would be NaN
+  __device__ __forceinline__ float point(float max) const {
+    return max == -infinity() ? 0.0f : max * factor;
+  }
+};
+
+// tanh with small relative error everywhere: by a polynomial near 0, by exp2 elsewhere
+__device__ __forceinline__ float tanh_accurate(float x) {
+  const float a = fabsf(x), z = x * x;
+  float p = -5.70498872745e-3f;
+  p = fmaf(p, z, 2.06390887954e-2f);
+  p = fmaf(p, z, -5.37397155531e-2f);
+  p = fmaf(p, z, 1.33314422036e-1f);
+  p = fmaf(p, z, -3.33332819422e-1f);
+  const float small = fmaf(p * z, x, x);
+  const float e = exp2_fast(a * -2.88539008177792681f);
+  const float large = copysignf(__fdividef(1.0f - e, 1.0f + e), x);
+  return a < 0.625f ? small : large;
+}
+
+// y of a logit; -inf stays -inf
+template <bool CAPPED>
+__device__ __forceinline__ float capped(float z, const Scale& s) {
+  if (!CAPPED) return z;
+  const float y = s.softcap * tanh_accurate(z * s.inv_cap);
+  return z == -infinity() ? z : y;
+}
+
+// dz'/dz at a logit
+template <bool CAPPED>
+__device__ __forceinline__ float slope(float z, const Scale& s) {
+  if (!CAPPED) return s.inverse;
+  const float h = tanh_accurate(z * s.inv_cap);
+  return z == -infinity() ? 0.0f : (1.0f - h * h) * s.inverse;
+}
+
+// First element of row i. Rows are fewer than 2^31 (checked by the glue), which spares a 64-bit
+// division: at 50304 columns four of those a row cost a quarter of the pass (H200, 2026-11-22).
+template <class T>
+__device__ __forceinline__ T* row_of(const Rows& r, int64_t i) {
+  T* data = static_cast<T*>(r.data);
+  if (r.inner >= r.count) return data + i * r.inner_stride;
+  const uint32_t outer = uint32_t(i) / uint32_t(r.inner);
+  return data + outer * r.outer_stride + (i - outer * r.inner) * r.inner_stride;
+}
+
+// One row cut into 16-byte vectors; up to kWidth - 1 elements at either end are `edges`.
+template <class T>
+struct Cut {
+  static constexpr int kWidth = Vec<T>::kWidth;
+  int head, body, tail;  // elements, vectors, elements
+
+  __device__ Cut(const T* row, int width) {
+    const uint32_t misaligned = uint32_t(reinterpret_cast<uintptr_t>(row) & 15);
+    head = min(misaligned ? int((16 - misaligned) / sizeof(T)) : 0, width);
+    body = (width - head) / kWidth;
+    tail = width - head - body * kWidth;
+  }
+  // column of edge element e (head first), or -1
+  __device__ int edge(int e) const {
+    if (e < head) return e;
+    return e < head + tail ? body * kWidth + e : -1;
+  }
+};
+
+}  // namespace klq::cuda
