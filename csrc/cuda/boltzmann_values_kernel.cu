@@ -16,13 +16,10 @@ struct Exponents {
   float ref_max, ref_log_sum, inverse_tau;
 
   __device__ int units() const { return in.units(); }
-  __device__ int column(int unit) const { return in.column(unit); }
-  __device__ int edge(int e) const { return in.edge(e); }
   __device__ float join(float q, float z) const {
-    const float x = (capped<CAPPED>(z, scale) - ref_max) / scale.temperature - ref_log_sum;
+    const float x = (capped<CAPPED>(z, scale) - ref_max) * scale.inverse - ref_log_sum;
     return z == -infinity() || q == -infinity() ? -infinity() : fmaf(q, inverse_tau, x);
   }
-  __device__ float get(int column) const { return join(in.get(column), in.get_ref(column)); }
   __device__ void load(int unit, float* y) const {
     float z[kWidth];
     in.load(unit, y);
@@ -39,9 +36,6 @@ struct Reference {
   const Reader& in;
 
   __device__ int units() const { return in.units(); }
-  __device__ int column(int unit) const { return in.column(unit); }
-  __device__ int edge(int e) const { return in.edge(e); }
-  __device__ float get(int column) const { return in.get_ref(column); }
   __device__ void load(int unit, float* z) const { in.load_ref(unit, z); }
 };
 

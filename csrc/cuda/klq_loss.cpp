@@ -34,7 +34,7 @@ Loss run(const char* op, const Tensor& logits, const Rows& rows, const Rows* gra
   Tensor scratch = new_vector(logits, 2 * n);
   KLQLossArgs a{};
   a.actions = ids.data, a.values = v.data, a.ref_logprobs = ref.data, a.returns = g.data;
-  a.weights = w.data, a.normalizer = norm.data, a.tau = float(tau);
+  a.weights = w.data, a.normalizer = norm.data, a.tau = tau;
   a.logprobs = floats(scratch), a.residuals = a.logprobs + n;
   a.dvalues = gradient ? floats(out.dvalues) : nullptr;
   a.unscale = gradient && half ? floats(out.unscale) : nullptr;

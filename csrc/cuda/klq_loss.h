@@ -9,7 +9,7 @@ struct KLQLossArgs {
   const int64_t* actions;
   const float *values, *ref_logprobs, *returns, *weights;  // weights null: 1
   const float* normalizer;                                 // device scalar; null: active rows
-  float tau;
+  double tau;
   float *logprobs, *residuals;  // [count], what the sum is made of
   float *dvalues, *unscale;     // [count], null: no gradient wanted; unscale for float16 only
   float *loss, *stats;          // [], [4]

@@ -25,10 +25,10 @@ struct KLQLoss {
   __device__ float finish(const RowInfo<KLQLoss>& info, const Sums<false, false>&,
                           const RowSum& row, const Scale&, bool writer) const {
     const Inputs& in = info.inputs;
-    const float logprob = info.action >= 0 ? row.logprob : not_a_number();
-    const float residual = a.tau * (logprob - in.ref_logprob) + in.value - in.target;
-    const float dq = 2.0f * in.weight * residual / in.normalizer;
-    float coefficient = a.tau * dq, undo = 1.0f;
+    const double logprob = info.action >= 0 ? row.logprob : double(not_a_number());
+    const double residual = a.tau * (logprob - in.ref_logprob) + in.value - in.target;
+    const double dq = 2.0 * in.weight * residual / in.normalizer;
+    float coefficient = float(a.tau * dq), undo = 1.0f;
     if (a.unscale) {
       // float16: the coefficient is brought to 2^14 by a power of two that the backward undoes, so
       // that nothing flushes to zero before the loss scale is known
@@ -41,8 +41,8 @@ struct KLQLoss {
     }
     if (writer) {
       const int64_t r = info.index;
-      a.logprobs[r] = logprob, a.residuals[r] = residual;
-      if (a.dvalues) a.dvalues[r] = dq;
+      a.logprobs[r] = float(logprob), a.residuals[r] = float(residual);
+      if (a.dvalues) a.dvalues[r] = float(dq);
       if (a.unscale) a.unscale[r] = undo;
     }
     return coefficient;

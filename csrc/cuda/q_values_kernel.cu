@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
     const float log_s = logf(row.rest), ref_log_s = logf(ref.rest), value = values[r];
     float* out = q + r * rows.width;
     auto at = [&](float z, float zr) {
-      const float x = (capped<CAPPED>(z, scale) - row.max) / scale.temperature - log_s;
-      const float y = (capped<CAPPED>(zr, scale) - ref.max) / scale.temperature - ref_log_s;
+      const float x = (capped<CAPPED>(z, scale) - row.max) * scale.inverse - log_s;
+      const float y = (capped<CAPPED>(zr, scale) - ref.max) * scale.inverse - ref_log_s;
       return z == -infinity() ? -infinity() : fmaf(tau, x - y, value);
     };
     for (int unit = group.thread; unit < in.units(); unit += LANES) {
@@ -31,19 +31,19 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
       in.load_ref(unit, zr);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) z[e] = at(z[e], zr[e]);
-      float* to = out + in.column(unit);
-      if (kWidth >= 4 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      float* to = out + unit * kWidth;
+      const int count = int(rows.width) - unit * kWidth;
+      if (kWidth >= 4 && count >= kWidth && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
 #pragma unroll
         for (int e = 0; e + 4 <= kWidth; e += 4)
           __stcs(reinterpret_cast<float4*>(to + e),
                  make_float4(z[e], z[e + 1], z[e + 2], z[e + 3]));
       } else {
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) to[e] = z[e];
+        for (int e = 0; e < kWidth; ++e)
+          if (e < count) to[e] = z[e];
       }
     }
-    const int edge = group.warp == 0 ? in.edge(group.lane) : -1;
-    if (edge >= 0) out[edge] = at(in.get(edge), in.get_ref(edge));
   }
 }
 

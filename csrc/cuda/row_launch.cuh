@@ -23,16 +23,7 @@ struct RowSet {
   ActiveRows active;
 };
 
-// Whether the rows of two tensors have the same type and addresses that agree modulo 16.
-inline bool alike(const Rows& a, const Rows* b) {
-  if (!b) return true;
-  const int64_t size = a.type == Type::f32 ? 4 : 2;
-  auto agree = [&](int64_t x, int64_t y) { return (x - y) * size % 16 == 0; };
-  return a.type == b->type &&
-         (reinterpret_cast<intptr_t>(a.data) - reinterpret_cast<intptr_t>(b->data)) % 16 == 0 &&
-         a.inner == b->inner && agree(a.inner_stride, b->inner_stride) &&
-         (a.inner >= a.count || agree(a.outer_stride, b->outer_stride));
-}
+inline bool same_type(const Rows& a, const Rows* b) { return !b || a.type == b->type; }
 
 constexpr int kMaxDevices = 64;
 
@@ -99,9 +90,10 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   const RingKernel& k = ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>(device);
   if (k.error || !k.usable || k.clusters[cluster] < 1) return k.error;
   Ring ring{};
-  const int body = int(set.rows.width / Vec<T>::kWidth);
+  const int units = int((set.rows.width + Vec<T>::kWidth - 1) / Vec<T>::kWidth);
   ring.cluster = cluster;
-  ring.slice = (body + cluster - 1) / cluster;
+  if (const char* e = getenv("KLQ_MODE")) ring.mode = atoi(e);  // XXX
+  ring.slice = (units + cluster - 1) / cluster;
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
   ring.chunk = (ring.slice + ring.chunks - 1) / ring.chunks;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
@@ -150,7 +142,7 @@ using Lanes = std::integral_constant<int, N>;
 // body(reader, lanes) with the reader and the threads a row for these rows
 template <class Body>
 cudaError_t with_reader(const Rows& rows, const Rows* ref, const Rows* out, const Body& body) {
-  if (!alike(rows, ref) || !alike(rows, out)) return body(Tag<Elements>{}, Lanes<256>{});
+  if (!same_type(rows, ref) || !same_type(rows, out)) return body(Tag<Elements>{}, Lanes<256>{});
   auto typed = [&](auto reader) {
     const int64_t bytes = rows.width * (rows.type == Type::f32 ? 4 : 2);
     return bytes <= kWarpRow ? body(reader, Lanes<32>{}) : body(reader, Lanes<256>{});
@@ -168,6 +160,15 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
   const int64_t bytes = set.rows.width * int64_t(sizeof(T));
   if (bytes <= kShortRow) return cudaSuccess;
   if constexpr (!Op::kGrad) {
+    if (getenv("KLQ_FWD") && *getenv("KLQ_FWD") == '1')  // XXX
+      return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 4, 13, 1>>(set, scale, op, 1,
+                                                                             device, stream, done);
+    if (getenv("KLQ_FWD") && *getenv("KLQ_FWD") == '2')  // XXX
+      return launch_ring<T, CAPPED, Op, false, RingShape<512, 32, 2, 13, 1>>(set, scale, op, 1,
+                                                                             device, stream, done);
+    if (getenv("KLQ_FWD") && *getenv("KLQ_FWD") == '3')  // XXX
+      return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 2, 13, 2>>(set, scale, op, 1,
+                                                                             device, stream, done);
     using Shape = RingShape<256, 32, 2, 8, 3>;
     return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
   } else {
@@ -178,7 +179,8 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
       return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
     int cluster = 2;
     while (cluster < 8 && bytes > room * cluster) cluster *= 2;
-    if (const char* e = getenv("KLQ_CL")) if (atoi(e)) cluster = atoi(e);  // XXX
+    if (const char* e = getenv("KLQ_CL"))
+      if (atoi(e)) cluster = atoi(e);  // XXX
     return launch_ring<T, CAPPED, Op, true, Shape>(set, scale, op, cluster, device, stream, done);
   }
 }
@@ -186,7 +188,7 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
 template <bool CAPPED, class Op>
 cudaError_t launch(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
                    cudaStream_t stream) {
-  if (device.major >= 9 && alike(set.rows, set.ref) && alike(set.rows, set.out)) {
+  if (device.major >= 9 && same_type(set.rows, set.ref) && same_type(set.rows, set.out)) {
     bool done = false;
     auto ring = [&](auto t) {
       return try_ring<decltype(t), CAPPED>(set, scale, op, device, stream, &done);

@@ -26,18 +26,19 @@ constexpr int kSlots = 32;
 template <int SUM, int CLOSE, int U, int STAGES, int BLOCKS>
 struct RingShape {
   static constexpr int kSum = SUM, kClose = CLOSE, kUnroll = U, kStages = STAGES, kBlocks = BLOCKS;
-  static constexpr int kStage = SUM * U;  // vectors
+  static constexpr int kStage = SUM * U;  // units of 16 bytes
   static constexpr int kThreads = SUM + CLOSE + 32;
-  static constexpr int kBytes = STAGES * kStage * 16;
+  static constexpr int kBytes = STAGES * (kStage + 1) * 16;
   static_assert(2 * STAGES + 2 <= kSlots);
 };
 
 // How the rows spread over blocks: set by the launcher from shapes alone.
 struct Ring {
-  int cluster;  // blocks that share a row
-  int slice;    // vectors of a row a block holds, at most
-  int chunk;    // vectors of a slice in one stage, at most
-  int chunks;   // stages a slice takes
+  int cluster;   // blocks that share a row
+  int slice;     // units of a row a block holds, at most
+  int chunk;     // units of a slice in one stage, at most
+  int chunks;    // stages a slice takes
+  int mode = 0;  // XXX
 };
 
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   using V = Vec<T>;
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
   using Sum = Sums<kRef, Op::kMoments>;
-  constexpr int kStages = Shape::kStages, kStage = Shape::kStage, U = Shape::kUnroll;
+  constexpr int kStages = Shape::kStages, U = Shape::kUnroll;
+  constexpr int kPitch = Shape::kStage + 1;  // rows may begin anywhere in their first 16 bytes
   constexpr int kSummers = Shape::kSum / 32, kClosers = Shape::kClose / 32;
   constexpr int kPairs = kSummers * (CLUSTERED ? 8 : 1), kWords = 4, kPer = V::kPer;
   constexpr int kRows = 1 + kRef;  // stages a chunk takes
@@ -81,9 +83,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     __syncthreads();
 
   const int64_t active = active_rows.list ? int64_t(*active_rows.active) : rows.count;
-  // this block's vectors of a row
-  auto begin_of = [&](int body) { return min(body, ring.slice * rank); };
-  auto count_of = [&](int body) { return min(ring.slice, body - begin_of(body)); };
+  // this block's units of a row, and its columns in a chunk of them
+  constexpr int kWidth = V::kWidth;
+  const int all = (width + kWidth - 1) / kWidth, begin = min(all, ring.slice * rank);
+  const int mine = min(ring.slice, all - begin);
+  auto first_column = [&](int c) { return (begin + c * ring.chunk) * kWidth; };
+  auto columns = [&](int c) {
+    const int units = max(0, min(ring.chunk, mine - c * ring.chunk));
+    return min(units * kWidth, max(0, width - first_column(c)));
+  };
+  auto shift_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) & 15); };
 
   if (warp == kSummers + kClosers) {
     // --- producer: lane j looks up and loads every 32nd row
@@ -112,24 +121,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       for (int j = 0; j < there; ++j) {
         if (lane == j) {
           infos[slot] = info;
-          const T* row = reinterpret_cast<const T*>(info.row);
-          const Cut<T> cut(row, width);
-          const uint4* from = reinterpret_cast<const uint4*>(row + cut.head) + begin_of(cut.body);
-          const uint4* ref_from =
-              reinterpret_cast<const uint4*>(reinterpret_cast<const T*>(info.ref) + cut.head) +
-              begin_of(cut.body);
-          const int mine = count_of(cut.body);
           uint32_t stage = done % kStages, phase = done / kStages;
           for (int c = 0; c < ring.chunks; ++c) {
-            const int n = max(0, min(ring.chunk, mine - c * ring.chunk));
+            const int bytes = columns(c) * int(sizeof(T));
 #pragma unroll
             for (int k = 0; k < kRows; ++k) {
+              const char* row = k ? info.ref : info.row;
+              const int shift = shift_of(row);
+              // whole 16 bytes: up to 15 more on either side, never past what was allocated
+              const int aligned = bytes ? (shift + bytes + 15) / 16 * 16 : 0;
               const uint32_t bar = shared_address(&full[stage]);
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
-              barrier_expect(bar, n * 16);
-              if (n)
-                bulk_load(shared_address(stages + stage * kStage),
-                          (k ? ref_from : from) + c * ring.chunk, n * 16, bar);
+              barrier_expect(bar, aligned);
+              if (aligned)
+                bulk_load(shared_address(stages + stage * kPitch),
+                          row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)), aligned, bar,
+                          ring.mode & 3);
               if (++stage == kStages) stage = 0, ++phase;
             }
           }
@@ -146,20 +153,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     for (int64_t i = first; i < active; i += step) {
       barrier_wait(shared_address(&full[stage]), phase);  // infos[slot] was written before it
       const RowInfo<Op>& info = infos[slot];
-      const T* row = reinterpret_cast<const T*>(info.row);
-      const Cut<T> cut(row, width);
-      const int mine = count_of(cut.body), in_body = info.action - cut.head;
-      const int hit = in_body < 0 ? -1 : in_body / V::kWidth - begin_of(cut.body);
-      const int hit_element = in_body & (V::kWidth - 1);
-      const int edge = rank == 0 && warp == 0 ? cut.edge(lane) : -1;
-      const bool has_edge = edge >= 0 && edge != info.action;
-      const float edge_z = has_edge ? V::get(row + edge) : -infinity();
-      const float edge_ref =
-          kRef && has_edge ? V::get(reinterpret_cast<const T*>(info.ref) + edge) : -infinity();
-
+      const int shifts[2] = {shift_of(info.row), kRef ? shift_of(info.ref) : 0};
+      const int hit = info.action < 0 ? -1 : info.action / kWidth - begin;
+      const int hit_element = info.action & (kWidth - 1);
+      const float chosen = info.chosen, ref_chosen = info.ref_chosen;
       Sum sum;
       for (int c = 0; c < ring.chunks; ++c) {
-        const int n = min(ring.chunk, mine - c * ring.chunk), target = hit - c * ring.chunk;
+        const int n = (columns(c) + kWidth - 1) / kWidth, target = hit - c * ring.chunk;
+        // the row's last unit, where only some of its columns exist
+        const int part = columns(c) % kWidth, last = part ? n - 1 : -1;
         uint32_t w[kRows][U][kWords], top[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
@@ -169,17 +171,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           for (int u = 0; u < U; ++u) {
             const int v = thread + u * Shape::kSum;
             constexpr uint32_t none = V::kMinusInf;
-            const uint4 x = v < n ? stages[stage * kStage + v] : make_uint4(none, none, none, none);
+            uint4 x = make_uint4(none, none, none, none);
+            if (v < n) x = load_shifted(stages + stage * kPitch + v, shifts[k]);
             w[k][u][0] = x.x, w[k][u][1] = x.y, w[k][u][2] = x.z, w[k][u][3] = x.w;
           }
-          if (target >= 0 && target < n) {
+          if (last >= 0 || (target >= 0 && target < n)) {
 #pragma unroll
             for (int u = 0; u < U; ++u) {
+              const int v = thread + u * Shape::kSum;
+              const int hit_here = v == target ? hit_element : -1, end = v == last ? part : kWidth;
 #pragma unroll
-              for (int j = 0; j < kWords; ++j) {
-                const int e = thread + u * Shape::kSum == target ? hit_element - j * kPer : -1;
-                w[k][u][j] = V::drop(w[k][u][j], e);
-              }
+              for (int j = 0; j < kWords; ++j)
+                w[k][u][j] = V::drop_from(V::drop(w[k][u][j], hit_here - j * kPer), end - j * kPer);
             }
           }
 #pragma unroll
@@ -197,35 +200,33 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                   kRef ? capped<CAPPED>(V::top(top[kRows - 1]), scale) : 0.0f, scale);
         const float point = scale.point(sum.max), ref_point = scale.point(sum.ref_max);
         Sum parts[2];
+        auto add = [&](auto exponent) {
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
+          for (int u = 0; u < U; ++u) {
 #pragma unroll
-          for (int j = 0; j < kWords; ++j) {
-            float z[kPer], zr[kPer];
-            V::unpack(w[0][u][j], z);
-            if (kRef) V::unpack(w[kRows - 1][u][j], zr);
+            for (int j = 0; j < kWords; ++j) {
+              float z[kPer], zr[kPer];
+              V::unpack(w[0][u][j], z);
+              if (kRef) V::unpack(w[kRows - 1][u][j], zr);
 #pragma unroll
-            for (int e = 0; e < kPer; ++e) {
-              const float t = fmaf(capped<CAPPED>(z[e], scale), scale.factor, -point);
-              const float q =
-                  kRef ? fmaf(capped<CAPPED>(zr[e], scale), scale.factor, -ref_point) : 0.0f;
-              parts[(j * kPer + e) & 1].add(t, q);
+              for (int e = 0; e < kPer; ++e)
+                parts[(j * kPer + e) & 1].add(
+                    exponent(capped<CAPPED>(z[e], scale), sum.max, point),
+                    kRef ? exponent(capped<CAPPED>(zr[e], scale), sum.ref_max, ref_point) : 0.0f);
             }
           }
-        }
+        };
+        if (scale.huge(sum.max) || (kRef && scale.huge(sum.ref_max)))
+          add([&](float y, float max, float here) { return scale.exponent(y, max, here); });
+        else
+          add([&](float y, float, float here) { return fmaf(y, scale.factor, -here); });
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
           sum.sum += parts[p].sum, sum.plain += parts[p].plain;
           sum.ref_sum += parts[p].ref_sum, sum.cross += parts[p].cross;
         }
       }
-      {  // the edge elements, and the chosen token: in the maximum but not in the sum
-        const float y = capped<CAPPED>(edge_z, scale), yr = capped<CAPPED>(edge_ref, scale);
-        sum.raise(fmaxf(y, info.chosen), fmaxf(yr, info.ref_chosen), scale);
-        if (edge >= 0)
-          sum.add(fmaf(y, scale.factor, -scale.point(sum.max)),
-                  fmaf(yr, scale.factor, -scale.point(sum.ref_max)));
-      }
+      sum.raise(chosen, ref_chosen, scale);  // in the maximum, not in the sum
       sum.merge_warp(scale);
       const uint32_t bar = shared_address(&ready[slot]);
       if (!kGrad && (turn > 0 || slot >= kSlots / 2)) {
@@ -243,12 +244,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
     if (kGrad && active_rows.list) {  // inactive rows: their logits are not read
       for (int64_t i = first; i < rows.count - active; i += step) {
-        T* out = row_of<T>(gradients, active_rows.list[rows.count - 1 - i]);
-        const Cut<T> cut(out, width);
-        uint4* to = reinterpret_cast<uint4*>(out + cut.head) + begin_of(cut.body);
-        const int mine = count_of(cut.body);
-        for (int v = thread; v < mine; v += Shape::kSum) __stcs(to + v, make_uint4(0, 0, 0, 0));
-        const int edge = rank == 0 && warp == 0 ? cut.edge(lane) : -1;
+        T* out = row_of<T>(gradients, active_rows.list[rows.count - 1 - i]) + begin * kWidth;
+        const Cut<T> cut(out, min(mine * kWidth, width - begin * kWidth));
+        uint4* to = reinterpret_cast<uint4*>(out + cut.head);
+        for (int v = thread; v < cut.body; v += Shape::kSum) __stcs(to + v, make_uint4(0, 0, 0, 0));
+        const int edge = warp == 0 ? cut.edge(lane) : -1;
         if (edge >= 0) V::put(out + edge, 0.0f);
       }
     }
@@ -278,43 +278,54 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&closed[(slot + kSlots - 1) % kSlots]));
       } else {
-        const T* row = reinterpret_cast<const T*>(info.row);
-        const Cut<T> cut(row, width);
-        const int mine = count_of(cut.body), in_body = info.action - cut.head;
-        const int hit = in_body < 0 ? -1 : in_body / V::kWidth - begin_of(cut.body);
-        const int action = info.action;
+        const int action = info.action, shift = shift_of(info.row);
         const float point = total.point, factor = -coefficient / total.raw_sum;
         const float at_target =
             info.chosen_z == -infinity()
                 ? 0.0f
                 : coefficient * (total.rest / total.total) * slope<CAPPED>(info.chosen_z, scale);
-        const float slopeless = CAPPED ? factor : factor * scale.inverse;
+        const float scaled_factor = CAPPED ? factor : factor * scale.inverse;
         auto gradient = [&](float z) {
-          const float e = exp2_fast(fmaf(capped<CAPPED>(z, scale), scale.factor, -point));
-          return CAPPED ? slopeless * slope<CAPPED>(z, scale) * e : slopeless * e;
+          const float y = capped<CAPPED>(z, scale);
+          return CAPPED
+                     ? factor * slope<CAPPED>(z, scale) * exp2_fast(fmaf(y, scale.factor, -point))
+                     : scaled_factor * exp2_fast(fmaf(y, scale.factor, -point));
         };
-        T* out = row_of<T>(gradients, info.index);
-        uint4* out_vectors = reinterpret_cast<uint4*>(out + cut.head) + begin_of(cut.body);
-        const int edge = rank == 0 && me < 32 ? cut.edge(lane) : -1;
-        const float edge_z = edge >= 0 ? V::get(row + edge) : -infinity();
-        const bool finite = fabsf(slopeless) < infinity();
-        constexpr int kLoads = kStage / Shape::kClose;
+        // a banned token keeps gradient 0, whatever the coefficient
+        auto careful = [&](float z) {
+          const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, point));
+          return z == -infinity() ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
+        };
+        const bool ordinary = fabsf(scaled_factor) < infinity() && !scale.huge(total.max);
+        T* out_row = row_of<T>(gradients, info.index);
+        constexpr int kLoads = Shape::kStage / Shape::kClose;
         for (int c = 0; c < ring.chunks; ++c) {
-          const int n = min(ring.chunk, mine - c * ring.chunk), target = hit - c * ring.chunk;
+          // vectors as the gradient's addresses have them; the row's may lie otherwise
+          const int first = first_column(c);
+          T* out = out_row + first;
+          const Cut<T> cut(out, columns(c));
+          const uint4* held = stages + stage * kPitch;
+          const int at = shift + cut.head * int(sizeof(T));
           uint4 x[kLoads];
 #pragma unroll
           for (int u = 0; u < kLoads; ++u) {
             const int v = me + u * Shape::kClose;
-            if (v < n) x[u] = stages[stage * kStage + v];
+            if (v < cut.body) x[u] = load_shifted(held + at / 16 + v, at & 15);
           }
+          const int edge = me < 32 ? cut.edge(lane) : -1;
+          float edge_z = 0.0f;
+          if (edge >= 0)
+            edge_z = V::get(
+                reinterpret_cast<const T*>(reinterpret_cast<const char*>(held) + shift) + edge);
           __syncwarp();
           if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
           if (++stage == kStages) stage = 0;
+          uint4* vectors = reinterpret_cast<uint4*>(out + cut.head);
           auto write = [&](auto value) {
 #pragma unroll
             for (int u = 0; u < kLoads; ++u) {
               const int v = me + u * Shape::kClose;
-              if (v >= n) continue;
+              if (v >= cut.body) continue;
               const uint32_t in[kWords] = {x[u].x, x[u].y, x[u].z, x[u].w};
               uint32_t w[kWords];
 #pragma unroll
@@ -325,21 +336,26 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                 for (int e = 0; e < kPer; ++e) z[e] = value(z[e]);
                 w[j] = V::pack(z);
               }
-              __stcs(out_vectors + c * ring.chunk + v, make_uint4(w[0], w[1], w[2], w[3]));
+              const uint4 y = make_uint4(w[0], w[1], w[2], w[3]);
+              if (ring.mode & 4)
+                vectors[v] = y;
+              else if (ring.mode & 8)
+                __stwt(vectors + v, y);
+              else
+                __stcs(vectors + v, y);
             }
           };
-          if (finite)
+          if (ordinary)
             write(gradient);
-          else  // a banned token keeps gradient 0, whatever the coefficient
-            write([&](float z) { return z == -infinity() ? 0.0f : gradient(z); });
+          else
+            write(careful);
+          if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
           // the chosen token's own element, by the thread that wrote its vector
-          if (target >= 0 && target < n && target % Shape::kClose == me)
-            V::put(out + action, at_target);
+          const int in_body = action - first - cut.head;
+          if (action >= first && in_body >= 0 && in_body < cut.body * kWidth &&
+              in_body / kWidth % Shape::kClose == me)
+            V::put(out_row + action, at_target);
         }
-        if (edge >= 0)
-          V::put(out + edge, edge == action          ? at_target
-                             : edge_z == -infinity() ? 0.0f
-                                                     : gradient(edge_z));
       }
     }
     if (active_rows.list && rank == 0)  // inactive rows: what a row leaves behind is 0

@@ -2,8 +2,8 @@
 // The row kernel for every GPU and every layout: a warp or a block a row, the gradient from a
 // second read (from L2 or L1, where the row still is).
 //
-// `Vectors` reads 16 bytes at a time and wants rows of one type whose addresses agree modulo 16;
-// `Elements` takes any types and addresses.
+// A row is read in units of 16 bytes from its first column on, wherever it lies, so that a row
+// gives the same bits in any layout. `Vectors` is for rows of one type, `Elements` for two.
 #pragma once
 #include "cuda/row_sums.cuh"
 
@@ -15,32 +15,50 @@ struct Vectors {
   static constexpr int kWidth = V::kWidth, kUnroll = 4;
   const T *row, *ref;
   T* out;
-  Cut<T> cut;
+  int width;
 
   __device__ Vectors(const Rows& rows, const Rows* refs, const Rows* outs, int64_t r)
       : row(row_of<T>(rows, r)),
         ref(refs ? row_of<T>(*refs, r) : nullptr),
         out(outs ? row_of<T>(*outs, r) : nullptr),
-        cut(row, int(rows.width)) {}
-  __device__ int units() const { return cut.body; }
-  __device__ int column(int unit) const { return cut.head + unit * kWidth; }
-  __device__ int edge(int e) const { return cut.edge(e); }
+        width(int(rows.width)) {}
+  __device__ int units() const { return (width + kWidth - 1) / kWidth; }
   __device__ float get(int column) const { return V::get(row + column); }
   __device__ float get_ref(int column) const { return V::get(ref + column); }
-  __device__ void put(int column, float x) const { V::put(out + column, x); }
-  static __device__ void unpack(const T* from, float* z) {
-    const uint4 x = *reinterpret_cast<const uint4*>(from);
-    const uint32_t w[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) V::unpack(w[j], z + j * V::kPer);
+  static __device__ bool vector(const T* from, int count) {
+    return count >= kWidth && (reinterpret_cast<uintptr_t>(from) & 15) == 0;
   }
-  __device__ void load(int unit, float* z) const { unpack(row + column(unit), z); }
-  __device__ void load_ref(int unit, float* z) const { unpack(ref + column(unit), z); }
-  __device__ void store(int unit, const float* z) const {
-    uint32_t w[4];
+  static __device__ void read(const T* from, int count, float* z) {
+    if (vector(from, count)) {
+      const uint4 x = *reinterpret_cast<const uint4*>(from);
+      const uint32_t w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) w[j] = V::pack(z + j * V::kPer);
-    __stcs(reinterpret_cast<uint4*>(out + column(unit)), make_uint4(w[0], w[1], w[2], w[3]));
+      for (int j = 0; j < 4; ++j) V::unpack(w[j], z + j * V::kPer);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) z[e] = e < count ? V::get(from + e) : -infinity();
+    }
+  }
+  // a unit of the row; -inf past its end
+  __device__ void load(int unit, float* z) const {
+    read(row + unit * kWidth, width - unit * kWidth, z);
+  }
+  __device__ void load_ref(int unit, float* z) const {
+    read(ref + unit * kWidth, width - unit * kWidth, z);
+  }
+  __device__ void store(int unit, const float* z) const {
+    T* to = out + unit * kWidth;
+    const int count = width - unit * kWidth;
+    if (vector(to, count)) {
+      uint32_t w[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j] = V::pack(z + j * V::kPer);
+      __stcs(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e)
+        if (e < count) V::put(to + e, z[e]);
+    }
   }
 };
 
@@ -72,16 +90,13 @@ struct Elements {
   __device__ Elements(const Rows& rows, const Rows* refs, const Rows* outs, int64_t r)
       : rows(rows), refs(refs), outs(outs), r(r) {}
   __device__ int units() const { return int(rows.width); }
-  __device__ int column(int unit) const { return unit; }
-  __device__ int edge(int) const { return -1; }
   __device__ float get(int column) const { return read(rows, r, column); }
   __device__ float get_ref(int column) const { return read(*refs, r, column); }
-  __device__ void put(int column, float x) const {
-    with(*outs, r, [&](auto* row) { one(row + column, x); });
-  }
   __device__ void load(int unit, float* z) const { *z = get(unit); }
   __device__ void load_ref(int unit, float* z) const { *z = get_ref(unit); }
-  __device__ void store(int unit, const float* z) const { put(unit, *z); }
+  __device__ void store(int unit, const float* z) const {
+    with(*outs, r, [&](auto* row) { one(row + unit, *z); });
+  }
 };
 
 // Rows go to groups of LANES threads; blocks hold at least 128.
@@ -120,7 +135,7 @@ __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int acti
       if (unit < units) {
         in.load(unit, z + u * kWidth);
         if constexpr (REF) in.load_ref(unit, zr + u * kWidth);
-        const int hit = action - in.column(unit);
+        const int hit = action - unit * kWidth;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           if (e == hit) z[u * kWidth + e] = -infinity();
@@ -135,13 +150,6 @@ __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int acti
         if (REF) zr[e] = capped<CAPPED>(zr[e], scale);
       }
     }
-    sum.add(z, zr, scale);
-  }
-  const int edge = group.warp == 0 ? in.edge(group.lane) : -1;
-  if (edge >= 0 && edge != action) {
-    const float z[1] = {capped<CAPPED>(in.get(edge), scale)};
-    float zr[1] = {0.0f};
-    if constexpr (REF) zr[0] = capped<CAPPED>(in.get_ref(edge), scale);
     sum.add(z, zr, scale);
   }
   sum.raise(chosen, ref_chosen, scale);
@@ -163,8 +171,6 @@ __device__ void zero_row(const Rows& rows, const Rows& gradients, int64_t r,
   const Reader in(rows, nullptr, &gradients, r);
   const float zeros[Reader::kWidth] = {};
   for (int unit = group.thread; unit < in.units(); unit += LANES) in.store(unit, zeros);
-  const int edge = group.warp == 0 ? in.edge(group.lane) : -1;
-  if (edge >= 0) in.put(edge, 0.0f);
 }
 
 template <class Reader, bool CAPPED, class Op, int LANES>
@@ -202,7 +208,7 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
               : coefficient * (total.rest / total.total) * slope<CAPPED>(info.chosen_z, scale);
       auto gradient = [&](float z, int column) {
         if (column == action) return at_target;
-        const float e = exp2_fast(fmaf(capped<CAPPED>(z, scale), scale.factor, -total.point));
+        const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, total.point));
         return z == -infinity() ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
       };
       for (int base = thread; base < units; base += LANES * U) {
@@ -216,12 +222,10 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
           if (unit >= units) continue;
 #pragma unroll
           for (int e = 0; e < kWidth; ++e)
-            z[u * kWidth + e] = gradient(z[u * kWidth + e], in.column(unit) + e);
+            z[u * kWidth + e] = gradient(z[u * kWidth + e], unit * kWidth + e);
           in.store(unit, z + u * kWidth);
         }
       }
-      const int edge = group.warp == 0 ? in.edge(group.lane) : -1;
-      if (edge >= 0) in.put(edge, gradient(in.get(edge), edge));
     }
   }
   if (!active_rows.list) return;

@@ -17,10 +17,14 @@ struct Sums {
   float plain = 0.0f, cross = 0.0f;
   static constexpr int kFloats = 2 + 2 * REF + (1 + REF) * MOMENTS;
 
+  // difference of the points of two maxima
+  static __device__ __forceinline__ float shift(float from, float to, const Scale& s) {
+    return s.huge(to) ? (from - to) * s.factor : s.point(from) - s.point(to);
+  }
   // moves the reference points up to what is now the largest element
   __device__ __forceinline__ void raise(float to, float ref_to, const Scale& s) {
     if (to > max) {
-      const float up = s.point(max) - s.point(to);
+      const float up = shift(max, to, s);
       const float f = max == -infinity() ? 0.0f : exp2_fast(up);
       if (MOMENTS) plain = f * fmaf(up, sum, plain);
       if (MOMENTS && REF) cross = f * fmaf(up, sum, cross);
@@ -28,7 +32,7 @@ struct Sums {
       max = to;
     }
     if (REF && ref_to > ref_max) {
-      const float up = s.point(ref_max) - s.point(ref_to);
+      const float up = shift(ref_max, ref_to, s);
       if (MOMENTS) cross = fmaf(-up, sum, cross);
       ref_sum *= ref_max == -infinity() ? 0.0f : exp2_fast(up);
       ref_max = ref_to;
@@ -55,7 +59,7 @@ struct Sums {
     const float here = s.point(max), ref_here = s.point(ref_max);
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      add(fmaf(y[e], s.factor, -here), REF ? fmaf(ref[e], s.factor, -ref_here) : 0.0f);
+      add(s.exponent(y[e], max, here), REF ? s.exponent(ref[e], ref_max, ref_here) : 0.0f);
   }
   // over the 32 lanes of a warp; every lane gets the same bits
   __device__ __forceinline__ void merge_warp(const Scale& s) {
@@ -97,29 +101,29 @@ struct Sums {
   }
 };
 
-// One row: p_j = 2^(y_j factor - point) / raw_sum.
+// One row: p_j = 2^exponent(y_j) / raw_sum.
 struct RowSum {
   float max, chosen;    // y
   float rest;           // sum over the others of e^((y - max) / T)
-  float point, excess;  // max factor - point, what rounding left
+  float point, excess;  // and what its rounding left out, max factor - point
   float total;          // sum of all e^((y - max) / T)
   float raw_sum;        // the same at `point`
-  float log_sum;        // log(total)
-  float logprob;
+  double log_sum;       // log(total)
+  double logprob;
 
   // chosen is y of the action, -inf where it is none of the row's columns
   __device__ RowSum(float max_, float raw_rest, float chosen_, const Scale& s)
       : max(max_), chosen(chosen_) {
     point = s.point(max);
-    excess = max == -infinity() ? 0.0f : fmaf(max, s.factor, -point);
+    excess = max == -infinity() || s.huge(max) ? 0.0f : fmaf(max, s.factor, -point);
     rest = raw_rest * exp2f(-excess);
-    const float x = chosen == max ? 0.0f : (chosen - max) / s.temperature;
-    total = rest + expf(x);
+    const double x = chosen == max ? 0.0 : (double(chosen) - double(max)) / s.temperature;
+    total = rest + expf(float(x));
     raw_sum = total * exp2f(excess);
-    log_sum = chosen == max ? log1pf(rest) : logf(total);
-    const float lp = fminf(x - log_sum, 0.0f);  // never above 0
-    const bool finite = fabsf(max) < infinity() && x == x && log_sum == log_sum;
-    logprob = finite ? lp : not_a_number();
+    log_sum = chosen == max && rest < 0.5f ? double(log1pf(rest)) : log(double(total));
+    logprob = x - log_sum;
+    if (logprob > 0) logprob = 0;
+    if (!(fabsf(max) < infinity())) logprob = double(not_a_number());
   }
 };
 
@@ -139,13 +143,13 @@ template <bool REF>
 __device__ inline void moments(const Sums<REF, true>& sums, const RowSum& row, const RowSum& ref,
                                const Scale& s, float* entropy, float* kl) {
   constexpr float kLn2 = 0.693147180559945309f;
-  const float t = fmaf(row.chosen, s.factor, -row.point), e = exp2_fast(t);
+  const float t = s.exponent(row.chosen, row.max, row.point), e = exp2_fast(t);
   const float mean = (sums.plain + e * fmaxf(t, -16384.0f)) / row.raw_sum;
-  *entropy = row.log_sum - (mean - row.excess) * kLn2;
+  *entropy = float(row.log_sum) - (mean - row.excess) * kLn2;
   if (!REF) return;
-  const float u = fmaf(ref.chosen, s.factor, -ref.point);
+  const float u = s.exponent(ref.chosen, ref.max, ref.point);
   const float cross = (sums.cross + (e > 0.0f ? e * (t - u) : 0.0f)) / row.raw_sum;
-  *kl = (cross - row.excess + ref.excess) * kLn2 - (row.log_sum - ref.log_sum);
+  *kl = (cross - (row.excess - ref.excess)) * kLn2 - float(row.log_sum - ref.log_sum);
 }
 
 }  // namespace klq::cuda

@@ -18,17 +18,20 @@ struct SumRows {
                           const RowSum& row, const Scale& s, bool writer) const {
     if (!writer) return 0.0f;
     const int64_t r = info.index;
-    const float logprob = info.action >= 0 ? row.logprob : not_a_number();
+    const float logprob = info.action >= 0 ? float(row.logprob) : not_a_number();
     if (to.logprobs) to.logprobs[r] = logprob;
     if (to.row_stats) {
-      to.row_stats[r] = row.max / s.temperature;
-      to.row_stats[count + r] = row.rest;
-      to.row_stats[2 * count + r] = row.chosen / s.temperature;
+      // rest is told from the maximum as it is stored, rounded
+      const float max = float(row.max / s.temperature);
+      const float off = fabsf(max) < infinity() ? float(row.max / s.temperature - max) : 0.0f;
+      to.row_stats[r] = max;
+      to.row_stats[count + r] = row.rest * expf(off);
+      to.row_stats[2 * count + r] = float(row.chosen / s.temperature);
     }
     const RowSum ref(REF ? sums.ref_max : 0.0f, REF ? sums.ref_sum : 0.0f,
                      REF ? info.ref_chosen : 0.0f, s);
     if (REF) {
-      const float ref_logprob = info.action >= 0 ? ref.logprob : not_a_number();
+      const float ref_logprob = info.action >= 0 ? float(ref.logprob) : not_a_number();
       if (to.ref_logprobs) to.ref_logprobs[r] = ref_logprob;
       // of the rounded log-probs: policy = reference gives exactly 0
       if (to.log_ratios) to.log_ratios[r] = logprob - ref_logprob;

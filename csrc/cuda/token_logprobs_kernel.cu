@@ -19,19 +19,28 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
     }
     const Reader in(rows, nullptr, &gradients, r);
     const int64_t action = a.actions[r];
+    const bool known = action >= 0 && action < rows.width;
     const float grad = a.grad[r], max = a.row_stats[r], rest = a.row_stats[rows.count + r];
-    const float chosen = a.row_stats[2 * rows.count + r];
-    // p_j = 2^(y_j log2(e) / T - point) 2^-excess / total
+    // p_j = 2^(y_j log2(e) / T - point) 2^-excess / total; 1 - p of the chosen token is rest /
+    // total
     constexpr float kLog2e = 1.44269504088896340736f;
-    const float total = rest + expf(chosen - max);
-    const float point = max == -infinity() ? 0.0f : max * kLog2e;
-    const float excess = max == -infinity() ? 0.0f : fmaf(max, kLog2e, -point);
-    const float factor = -grad * exp2f(-excess) / total;
+    const bool huge = fabsf(max) > 1e37f;
+    const float point = huge ? 0.0f : __fmul_rn(max, kLog2e);
+    const float excess = huge ? 0.0f : fmaf(max, kLog2e, -point);
+    auto exponential = [&](float z) {
+      const float y = capped<CAPPED>(z, scale);
+      const float t = huge ? (y * scale.inverse - max) * kLog2e : fmaf(y, scale.factor, -point);
+      return exp2_fast(t);
+    };
+    const float undo = exp2f(-excess);
+    const float own = known ? exponential(in.get(int(action))) * undo
+                            : expf(a.row_stats[2 * rows.count + r] - max);
+    const float total = rest + own, factor = -grad * undo / total;
     auto gradient = [&](float z, int column) {
       if (z == -infinity()) return 0.0f;
       const float s = slope<CAPPED>(z, scale);
       if (column == action) return grad * (rest / total) * s;
-      return factor * s * exp2_fast(fmaf(capped<CAPPED>(z, scale), scale.factor, -point));
+      return factor * s * exponential(z);
     };
     const int units = in.units();
     for (int base = group.thread; base < units; base += LANES * U) {
@@ -45,12 +54,10 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
         if (unit >= units) continue;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e)
-          z[u * kWidth + e] = gradient(z[u * kWidth + e], in.column(unit) + e);
+          z[u * kWidth + e] = gradient(z[u * kWidth + e], unit * kWidth + e);
         in.store(unit, z + u * kWidth);
       }
     }
-    const int edge = group.warp == 0 ? in.edge(group.lane) : -1;
-    if (edge >= 0) in.put(edge, gradient(in.get(edge), edge));
   }
 }
 

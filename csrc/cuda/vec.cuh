@@ -2,9 +2,9 @@
 // Sixteen bytes of logits as floats, and the exponential arithmetic of a row.
 //
 // With y = c tanh(z / c) under a soft-cap, else z, a term e^((y - max) / T) is formed as
-// 2^fma(y, log2(e) / T, -M), M = fl(max log2(e) / T) the same for every term of the row: one
-// multiply-add and one special-function instruction, also for logits around 1000, and what the
-// rounding of M does to all terms alike is undone once a row (`RowSum`).
+// 2^fma(y, log2(e) / T, -point), point = fl(max log2(e) / T) the same for every term of the row:
+// one multiply-add and one special-function instruction, also for logits around 1000, and what the
+// rounding of the point does to all terms alike is undone once a row (`RowSum`).
 #pragma once
 #include <cuda_runtime.h>
 
@@ -48,6 +48,10 @@ struct Vec<float> {
   static __device__ __forceinline__ uint32_t drop(uint32_t w, int e) {
     return e == 0 ? kMinusInf : w;
   }
+  // the word without its elements from e on
+  static __device__ __forceinline__ uint32_t drop_from(uint32_t w, int e) {
+    return e <= 0 ? kMinusInf : w;
+  }
 };
 
 template <>
@@ -84,6 +88,9 @@ struct Vec<bf16> {
   static __device__ __forceinline__ uint32_t drop(uint32_t w, int e) {
     w = e == 0 ? (w & 0xffff0000u) | 0xff80u : w;
     return e == 1 ? (w & 0xffffu) | 0xff800000u : w;
+  }
+  static __device__ __forceinline__ uint32_t drop_from(uint32_t w, int e) {
+    return e <= 0 ? kMinusInf : drop(w, e);
   }
 };
 
@@ -124,46 +131,41 @@ struct Vec<f16> {
     w = e == 0 ? (w & 0xffff0000u) | 0xfc00u : w;
     return e == 1 ? (w & 0xffffu) | 0xfc000000u : w;
   }
+  static __device__ __forceinline__ uint32_t drop_from(uint32_t w, int e) {
+    return e <= 0 ? kMinusInf : drop(w, e);
+  }
 };
 
 struct Scale {
-  float factor;                // log2(e) / T
-  float temperature, inverse;  // T, 1 / T
-  float softcap, inv_cap;      // 0: none
+  double temperature;
+  float factor, inverse;   // log2(e) / T, 1 / T
+  float softcap, inv_cap;  // 0: none
 
   Scale() = default;
   explicit Scale(Scaling s)
-      : factor(float(1.44269504088896340736 / s.temperature)),
-        temperature(float(s.temperature)),
+      : temperature(s.temperature),
+        factor(float(1.44269504088896340736 / s.temperature)),
         inverse(float(1.0 / s.temperature)),
         softcap(float(s.softcap)),
         inv_cap(s.softcap > 0 ? float(1.0 / s.softcap) : 0.0f) {}
 
-  // 2^(y factor) is reckoned from here; never infinite below, where -inf - -inf would be NaN
+  // Whether products with `factor` may not stay finite; then only differences are scaled.
+  __device__ __forceinline__ bool huge(float max) const { return fabsf(max) * factor > 1e38f; }
+  // Where exponents are reckoned from; never infinite below, where -inf - -inf would be NaN.
   __device__ __forceinline__ float point(float max) const {
-    return max == -infinity() ? 0.0f : max * factor;
+    return max == -infinity() ? 0.0f : __fmul_rn(max, factor);
+  }
+  // (y - max) log2(e) / T, whatever their size
+  __device__ __forceinline__ float exponent(float y, float max, float point) const {
+    return huge(max) ? (y - max) * factor : fmaf(y, factor, -point);
   }
 };
-
-// tanh with small relative error everywhere: by a polynomial near 0, by exp2 elsewhere
-__device__ __forceinline__ float tanh_accurate(float x) {
-  const float a = fabsf(x), z = x * x;
-  float p = -5.70498872745e-3f;
-  p = fmaf(p, z, 2.06390887954e-2f);
-  p = fmaf(p, z, -5.37397155531e-2f);
-  p = fmaf(p, z, 1.33314422036e-1f);
-  p = fmaf(p, z, -3.33332819422e-1f);
-  const float small = fmaf(p * z, x, x);
-  const float e = exp2_fast(a * -2.88539008177792681f);
-  const float large = copysignf(__fdividef(1.0f - e, 1.0f + e), x);
-  return a < 0.625f ? small : large;
-}
 
 // y of a logit; -inf stays -inf
 template <bool CAPPED>
 __device__ __forceinline__ float capped(float z, const Scale& s) {
   if (!CAPPED) return z;
-  const float y = s.softcap * tanh_accurate(z * s.inv_cap);
+  const float y = s.softcap * tanhf(z * s.inv_cap);
   return z == -infinity() ? z : y;
 }
 
@@ -171,8 +173,8 @@ __device__ __forceinline__ float capped(float z, const Scale& s) {
 template <bool CAPPED>
 __device__ __forceinline__ float slope(float z, const Scale& s) {
   if (!CAPPED) return s.inverse;
-  const float h = tanh_accurate(z * s.inv_cap);
-  return z == -infinity() ? 0.0f : (1.0f - h * h) * s.inverse;
+  const float h = tanhf(z * s.inv_cap);
+  return z == -infinity() ? 0.0f : fmaf(-h, h, 1.0f) * s.inverse;
 }
 
 // First element of row i. Rows are fewer than 2^31 (checked by the glue), which spares a 64-bit
@@ -185,23 +187,40 @@ __device__ __forceinline__ T* row_of(const Rows& r, int64_t i) {
   return data + outer * r.outer_stride + (i - outer * r.inner) * r.inner_stride;
 }
 
-// One row cut into 16-byte vectors; up to kWidth - 1 elements at either end are `edges`.
+// `count` elements in 16-byte vectors; up to kWidth - 1 elements at either end are edges.
 template <class T>
 struct Cut {
   static constexpr int kWidth = Vec<T>::kWidth;
   int head, body, tail;  // elements, vectors, elements
 
-  __device__ Cut(const T* row, int width) {
-    const uint32_t misaligned = uint32_t(reinterpret_cast<uintptr_t>(row) & 15);
-    head = min(misaligned ? int((16 - misaligned) / sizeof(T)) : 0, width);
-    body = (width - head) / kWidth;
-    tail = width - head - body * kWidth;
+  __device__ Cut(const T* from, int count) {
+    const uint32_t misaligned = uint32_t(reinterpret_cast<uintptr_t>(from) & 15);
+    head = min(misaligned ? int((16 - misaligned) / sizeof(T)) : 0, count);
+    body = (count - head) / kWidth;
+    tail = count - head - body * kWidth;
   }
-  // column of edge element e (head first), or -1
+  // index of edge element e (head first), or -1
   __device__ int edge(int e) const {
     if (e < head) return e;
     return e < head + tail ? body * kWidth + e : -1;
   }
 };
+
+// The 16 bytes that begin `shift` bytes after v[0]; v[1] is read only for shift > 0. The shift is
+// the same for all threads of a warp.
+__device__ __forceinline__ uint4 load_shifted(const uint4* v, int shift) {
+  const uint4 x = v[0];
+  if (shift == 0) return x;
+  const uint4 y = v[1];
+  uint32_t w[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+  const bool one = shift & 4, two = shift & 8;
+#pragma unroll
+  for (int k = 0; k < 7; ++k) w[k] = one ? w[k + 1] : w[k];
+#pragma unroll
+  for (int k = 0; k < 5; ++k) w[k] = two ? w[k + 2] : w[k];
+  const uint32_t bits = (shift & 3) * 8;
+  return make_uint4(__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+                    __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
+}
 
 }  // namespace klq::cuda
