@@ -33,9 +33,12 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def clocks() -> str | None:
-    query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    return output_of("nvidia-smi", query, "--format=csv,noheader", "-i", "0")
+def card() -> dict[str, str]:
+    """The driver and what the card is doing, empty without nvidia-smi."""
+    asked = "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"
+    query = f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", "0"
+    said = output_of("nvidia-smi", *query)
+    return dict(zip(asked, said.split(", "), strict=True)) if said else {}
 
 
 def machine(seed: int) -> dict:
@@ -45,15 +48,11 @@ def machine(seed: int) -> dict:
     dirty = "+changes" if output_of(*here, "status", "--porcelain", "-uno") else ""
     commit = output_of(*here, "rev-parse", "--short=12", "HEAD")
     p = torch.cuda.get_device_properties(0)
-    driver = output_of(
-        "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"
-    )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "gpu": p.name,
         "multiprocessors": p.multi_processor_count,
         "l2_bytes": p.L2_cache_size,
-        "driver": output_of("nvidia-smi", driver, "--format=csv,noheader", "-i", "0"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
@@ -82,14 +81,15 @@ def ceilings(timer, rounds: int) -> dict:
         for name, (run, _) in work.items():
             samples[name].append(timer.sample("queued", run))
     rate = {name: work[name][1] / measure.quantile(x, 0.5) for name, x in samples.items()}
-    return {"copy": rate["copy"], "read": max(rate["sum"], rate["amax"]), "clocks": clocks()}
+    return {"copy": rate["copy"], "read": max(rate["sum"], rate["amax"]), "card": card()}
 
 
-def run(only: list[str], quick: bool, timer) -> tuple[list[measure.Row], dict]:
+def run(only: list[str], quick: bool, timer, save) -> list[measure.Row]:
+    """All rows; `save(ceilings, rows)` after every group, so that a run cut short leaves them."""
     rounds = 5 if quick else 25
-    first = ceilings(timer, rounds)
-    rates = "copy {copy:.3e} B/s, read {read:.3e} B/s, {clocks}"
-    print(rates.format(**first), flush=True)
+    top = {"first": ceilings(timer, rounds)}
+    rates = "copy {copy:.3e} B/s, read {read:.3e} B/s, {card}"
+    print(rates.format(**top["first"]), flush=True)
     rows = []
     for work in WORKLOADS:
         if only and work.name not in only:
@@ -97,25 +97,28 @@ def run(only: list[str], quick: bool, timer) -> tuple[list[measure.Row], dict]:
         for at, shape in enumerate(work.shapes[:1] if quick else work.shapes):
             begun = time.perf_counter()
             group = work.build(*shape, compiles=at < 3 and not quick)
-            rows += (done := measure.measure(group, timer, rounds, first["copy"]))
+            done = measure.measure(group, timer, rounds, top["first"]["copy"])
             spent = time.perf_counter() - begun
             print(f"{group.op} {group.shape}: {spent:.1f} s", flush=True)
             for r in done:
                 figure = f"{r.median * 1e6:.1f} us" if r.samples else f"{r.status}: {r.reason}"
                 print(f"    {r.side} ({r.kind}): {figure}", flush=True)
+            rows += done
+            save(top, rows)
             del group
             gc.collect()
             torch.cuda.empty_cache()
-    last = ceilings(timer, rounds)
-    print(rates.format(**last), flush=True)
-    return rows, {"first": first, "last": last}
+    top["last"] = ceilings(timer, rounds)
+    print(rates.format(**top["last"]), flush=True)
+    save(top, rows)
+    return rows
 
 
 def heading(about: dict, top: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["peers"].items() if v != "not installed")
-    first, last = top["first"], top["last"]
+    first, last = top["first"], top.get("last", top["first"])
     return (
-        f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, "
+        f"{about['gpu']}, driver {first['card'].get('driver_version')}, torch {about['torch']}, "
         f"Triton {about['triton']}, {about['date']}, commit {about['commit']}. bfloat16 unless "
         f"said, cold L2, medians. Floors: bytes over the copy rate of this run, "
         f"{first['copy'] / 1e12:.2f} TB/s ({last['copy'] / 1e12:.2f} at its end; read alone "
@@ -140,13 +143,15 @@ def main() -> int:
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
     about = machine(seed)
-    rows, top = run(only, args.quick, measure.CudaTimer())
-    text = heading(about, top) + measure.table(rows)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = {"machine": about, "ceilings": top, "rows": [r.as_dict() for r in rows]}
-    (args.out / "gpu.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    (args.out / "gpu.md").write_text(text)
-    print("\n" + text)
+
+    def save(top: dict, rows: list[measure.Row]) -> None:
+        found = {"machine": about, "ceilings": top, "rows": [r.as_dict() for r in rows]}
+        (args.out / "gpu.json").write_text(json.dumps(found, ensure_ascii=False) + "\n")
+        (args.out / "gpu.md").write_text(heading(about, top) + measure.table(rows))
+
+    rows = run(only, args.quick, measure.CudaTimer(), save)
+    print("\n" + (args.out / "gpu.md").read_text())
     bad = [r for r in rows if r.status in ("wrong", "failed") and measure.is_ours(r.side)]
     return 1 if bad else 0
 

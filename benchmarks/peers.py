@@ -42,8 +42,7 @@ def get(module: str, *names: str):
     try:
         found = import_module(module)
     except ImportError as error:
-        missing = (error.name or "").split(".")[0]
-        why = "not installed" if missing == package else f"{type(error).__name__}: {error}"
+        why = "not installed" if error.name == package else str(error)
         raise Absent(f"{package}: {why}") from error
     if absent := [n for n in names if not hasattr(found, n)]:
         raise Absent(f"{module}: this version has no {', '.join(absent)}")

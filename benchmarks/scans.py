@@ -140,8 +140,7 @@ def _ways(name, load, check, sets, floor, bars, device) -> Iterator[Side]:
         run = load()
 
         def calls():
-            out = None
-            for _ in range(few):
+            for _ in range(5 * few):
                 out = run(sets[0])
             return out
 
@@ -154,7 +153,7 @@ def _ways(name, load, check, sets, floor, bars, device) -> Iterator[Side]:
         yield Side(name, graph, check, floor, "graph", bars=bars.get("graph", ()), calls=calls)
         hot = [sets[0]] * few
         yield Side(name, partial(captured, load, hot, False), check, floor, "graph hot", calls=few)
-    yield Side(name, many, check, floor, "host", calls=few)
+    yield Side(name, many, check, floor, "host", calls=5 * few)
 
 
 def captured(load: Callable, batches: list[dict], keep: bool) -> Callable:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed klq
 
-from benchmarks import measure, peers, scans, workloads
+from benchmarks import gpu, measure, peers, scans, workloads
 from benchmarks.measure import Absent, Bar, Check, Group, Row, Side
 
 
@@ -176,3 +176,12 @@ def test_peers_say_why_they_are_absent():
     with pytest.raises(Absent, match="has no nothing_like_it"):
         peers.get("torch", "nothing_like_it")
     assert peers.versions()["torch"] == torch.__version__
+
+
+def test_the_heading_of_a_run_cut_short():
+    about = {"gpu": "G", "torch": "T", "triton": "3", "date": "D", "commit": "C"}
+    about["peers"] = {"liger-kernel": "1", "quack-kernels": "not installed"}
+    top = {"first": {"copy": 4.26e12, "read": 4.4e12, "card": {"driver_version": "580"}}}
+    text = gpu.heading(about, top)
+    assert "driver 580" in text and "4.26 TB/s (4.26 at its end" in text
+    assert "liger-kernel 1.\n" in text
