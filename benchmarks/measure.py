@@ -108,10 +108,11 @@ def wrong(checks: dict[str, Check]) -> str | None:
     for name, (got, truth, bound) in checks.items():
         if got.shape != truth.shape:
             return f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+        if lost := int((~got.isfinite() & truth.isfinite()).sum()):
+            return f"{name}: {lost} of the {got.numel()} checked are not finite"
         off = (got.double() - truth).abs()
         if not bool((off <= bound).all()):
-            worst = float((off - bound).nan_to_num(math.inf).max())
-            return f"{name}: {worst:.3g} beyond its bound"
+            return f"{name}: {float((off - bound).max()):.3g} beyond its bound"
     return None
 
 

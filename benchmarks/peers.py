@@ -137,16 +137,16 @@ def autograd_loss(logprobs: Callable, wrap: Callable) -> Callable:
     return gradient
 
 
-def liger_gradient():
+def liger_gradient(backward: bool):
     (function,) = get("liger_kernel.ops", "LigerCrossEntropyFunction")
 
-    def forward(logits, actions, *_):
-        # the forward alone: it leaves the gradient in the logits. Rest as the class's defaults
+    def gradient(logits, actions, *_):
+        # the forward leaves the gradient in the logits, the backward hands it over
         x = logits.detach().requires_grad_()
-        function.apply(x, actions, None, -100, 0.0, 0.0, "sum")
-        return x.detach()
+        loss = function.apply(x, actions, None, -100, 0.0, 0.0, "sum")[0]
+        return torch.autograd.grad(loss, x)[0] if backward else x.detach()
 
-    return forward
+    return gradient
 
 
 def quack_gradient(inplace: bool):
@@ -211,7 +211,8 @@ PEERS: dict[str, list[Peer]] = {
     "klq_loss": [
         Peer("eager float32", lambda: autograd_loss(eager_logprobs, lambda f: f)),
         Peer("torch.compile", lambda: autograd_loss(lean_logprobs, compiled), compiles=True),
-        Peer("liger", liger_gradient, "liger-kernel", sign=-1),
+        Peer("liger", lambda: liger_gradient(False), "liger-kernel", sign=-1),
+        Peer("liger, backward", lambda: liger_gradient(True), "liger-kernel", sign=-1),
         Peer("quack", lambda: quack_gradient(True), "quack-kernels", sign=-1),
         Peer("quack, new dx", lambda: quack_gradient(False), "quack-kernels", sign=-1),
     ],

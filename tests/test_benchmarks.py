@@ -57,6 +57,8 @@ def test_the_gate():
     bounds = torch.tensor([0.0, 0.3])
     assert measure.wrong({"x": Check(torch.tensor([0.0, 0.2]), truth, bounds)}) is None
     assert measure.wrong({}) is not None
+    lost = measure.wrong({"x": Check(torch.tensor([0.0, float("nan")]), truth, 1.0)})
+    assert lost == "x: 1 of the 2 checked are not finite"
 
 
 def test_reasons_instead_of_errors():
