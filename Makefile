@@ -1,12 +1,14 @@
 # Two commands do everything on a fresh machine with Python 3.10+, gcc and make:
 #   make demo    a language model learns by KLQ, on the GPU when there is one
 #   make test    the whole test suite
-# Both set up .venv by themselves. PYTHON=python3 uses that interpreter and its packages instead.
+# make gpu, on a machine with an NVIDIA GPU: build for it, check every kernel on it, measure
+# All set up .venv by themselves. PYTHON=python3 uses that interpreter and its packages instead.
 
 TORCH ?= torch==2.13.0
 PYTHON ?=
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 RUNS ?= runs
+OUT ?= benchmarks/results
 
 ifeq ($(PYTHON),)
 PY := .venv/bin/python
@@ -17,7 +19,7 @@ READY := in-place
 endif
 
 # demo and test: on a machine others use too, OMP_NUM_THREADS=1 avoids stalls between threads
-.PHONY: demo test bench lint format in-place clean
+.PHONY: demo test bench gpu lint format in-place clean
 
 demo: $(READY)
 	$(PY) -m klq.cli train --preset exact --output_dir $(RUNS)/exact --overwrite
@@ -28,6 +30,12 @@ test: $(READY) $(if $(PYTHON),,lint)
 
 bench: $(READY)
 	$(PY) -m pytest -q benchmarks --benchmark-enable --benchmark-only --import-mode=importlib
+
+gpu: export KLQ_CUDA = 1
+gpu: export TORCH_CUDA_ARCH_LIST ?= 9.0a
+gpu: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 8 --dist worksteal tests/kernels
+	$(PY) -m benchmarks.gpu --out $(OUT)
 
 lint: $(READY)
 	$(PY) -m ruff check .
