@@ -95,7 +95,7 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   if (const char* e = getenv("KLQ_MODE")) ring.mode = atoi(e);  // XXX
   ring.slice = (units + cluster - 1) / cluster;
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
-  ring.chunk = (ring.slice + ring.chunks - 1) / ring.chunks;
+  ring.chunk = Shape::kStage;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
   const int clusters = int(std::min<int64_t>(k.clusters[cluster], set.rows.count));
   cudaLaunchAttribute attribute{};
@@ -160,20 +160,27 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
   const int64_t bytes = set.rows.width * int64_t(sizeof(T));
   if (bytes <= kShortRow) return cudaSuccess;
   if constexpr (!Op::kGrad) {
-    if (getenv("KLQ_FWD") && *getenv("KLQ_FWD") == '1')  // XXX
+    const char* e = getenv("KLQ_FWD");  // XXX
+    if (e && *e == '1')
       return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 4, 13, 1>>(set, scale, op, 1,
                                                                              device, stream, done);
-    if (getenv("KLQ_FWD") && *getenv("KLQ_FWD") == '2')  // XXX
-      return launch_ring<T, CAPPED, Op, false, RingShape<512, 32, 2, 13, 1>>(set, scale, op, 1,
-                                                                             device, stream, done);
-    if (getenv("KLQ_FWD") && *getenv("KLQ_FWD") == '3')  // XXX
-      return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 2, 13, 2>>(set, scale, op, 1,
-                                                                             device, stream, done);
-    using Shape = RingShape<256, 32, 2, 8, 3>;
+    if (e && *e == '2')
+      return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 4, 6, 2>>(set, scale, op, 1,
+                                                                            device, stream, done);
+    using Shape = RingShape<512, 32, 2, 13, 1>;
     return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
   } else {
     using Shape = RingShape<256, 256, 4, 13, 1>;
     // room for the row and for a quarter of it to be on its way
+    if (getenv("KLQ_MODE") && atoi(getenv("KLQ_MODE")) & 8) {  // XXX
+      using Wide = RingShape<256, 512, 4, 13, 1>;
+      const int64_t room = int64_t(Wide::kStages - 3) * Wide::kStage * 16;
+      if (bytes <= room)
+        return launch_ring<T, CAPPED, Op, false, Wide>(set, scale, op, 1, device, stream, done);
+      int cluster = 2;
+      while (cluster < 8 && bytes > room * cluster) cluster *= 2;
+      return launch_ring<T, CAPPED, Op, true, Wide>(set, scale, op, cluster, device, stream, done);
+    }
     const int64_t room = int64_t(Shape::kStages - 3) * Shape::kStage * 16;
     if (bytes <= room)
       return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);

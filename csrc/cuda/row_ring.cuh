@@ -15,6 +15,8 @@
 // block, nor 2 kStages ahead of another block's: kSlots covers that. Without one, summers wait
 // until the row kSlots / 2 before theirs is `closed`.
 #pragma once
+#include <type_traits>
+
 #include "cuda/hopper.cuh"
 #include "cuda/row_sums.cuh"
 
@@ -158,38 +160,37 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       const int hit_element = info.action & (kWidth - 1);
       const float chosen = info.chosen, ref_chosen = info.ref_chosen;
       Sum sum;
-      for (int c = 0; c < ring.chunks; ++c) {
-        const int n = (columns(c) + kWidth - 1) / kWidth, target = hit - c * ring.chunk;
-        // the row's last unit, where only some of its columns exist
-        const int part = columns(c) % kWidth, last = part ? n - 1 : -1;
+      // Takes in one chunk. PLAIN: all of its units are whole and aligned, and the chosen token is
+      // in none of them; straight code, without a branch.
+      auto take = [&](auto plain, int c) {
+        constexpr bool PLAIN = decltype(plain)::value;
+        const int end = PLAIN ? 0 : columns(c), target = hit - c * ring.chunk;
         uint32_t w[kRows][U][kWords], top[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           barrier_wait(shared_address(&full[stage]), phase);
-          top[k] = V::kMinusInf;
 #pragma unroll
           for (int u = 0; u < U; ++u) {
             const int v = thread + u * Shape::kSum;
-            constexpr uint32_t none = V::kMinusInf;
-            uint4 x = make_uint4(none, none, none, none);
-            if (v < n) x = load_shifted(stages + stage * kPitch + v, shifts[k]);
+            const uint4* from = stages + stage * kPitch + v;
+            const uint4 x = PLAIN ? *from : load_shifted(from, shifts[k]);
             w[k][u][0] = x.x, w[k][u][1] = x.y, w[k][u][2] = x.z, w[k][u][3] = x.w;
           }
-          if (last >= 0 || (target >= 0 && target < n)) {
+          if (!PLAIN) {
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-              const int v = thread + u * Shape::kSum;
-              const int hit_here = v == target ? hit_element : -1, end = v == last ? part : kWidth;
+              const int v = thread + u * Shape::kSum, there = end - v * kWidth;
+              const int drop = v == target ? hit_element : -1;
 #pragma unroll
               for (int j = 0; j < kWords; ++j)
-                w[k][u][j] = V::drop_from(V::drop(w[k][u][j], hit_here - j * kPer), end - j * kPer);
+                w[k][u][j] = V::drop_from(V::drop(w[k][u][j], drop - j * kPer), there - j * kPer);
             }
           }
+          top[k] = V::kMinusInf;
 #pragma unroll
-          for (int u = 0; u < U; ++u) {
-#pragma unroll
-            for (int j = 0; j < kWords; ++j) top[k] = V::max(top[k], w[k][u][j]);
-          }
+          for (int u = 0; u < U; ++u)
+            top[k] = V::max(top[k],
+                            V::max(V::max(w[k][u][0], w[k][u][1]), V::max(w[k][u][2], w[k][u][3])));
           if (!kGrad) {
             __syncwarp();
             if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         sum.raise(capped<CAPPED>(V::top(top[0]), scale),
                   kRef ? capped<CAPPED>(V::top(top[kRows - 1]), scale) : 0.0f, scale);
         const float point = scale.point(sum.max), ref_point = scale.point(sum.ref_max);
-        Sum parts[2];
+        Sum parts[4];
         auto add = [&](auto exponent) {
 #pragma unroll
           for (int u = 0; u < U; ++u) {
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               if (kRef) V::unpack(w[kRows - 1][u][j], zr);
 #pragma unroll
               for (int e = 0; e < kPer; ++e)
-                parts[(j * kPer + e) & 1].add(
+                parts[(j * kPer + e) & 3].add(
                     exponent(capped<CAPPED>(z[e], scale), sum.max, point),
                     kRef ? exponent(capped<CAPPED>(zr[e], scale), sum.ref_max, ref_point) : 0.0f);
             }
@@ -221,10 +222,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         else
           add([&](float y, float, float here) { return fmaf(y, scale.factor, -here); });
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
+        for (int p = 0; p < 4; ++p) {
           sum.sum += parts[p].sum, sum.plain += parts[p].plain;
           sum.ref_sum += parts[p].ref_sum, sum.cross += parts[p].cross;
         }
+      };
+      const bool aligned = (shifts[0] | shifts[1]) == 0;
+      for (int c = 0; c < ring.chunks; ++c) {
+        const int target = hit - c * ring.chunk;
+        const bool plain = aligned && columns(c) == Shape::kStage * kWidth &&
+                           (target < 0 || target >= Shape::kStage);
+        if (plain)
+          take(std::true_type{}, c);
+        else
+          take(std::false_type{}, c);
       }
       sum.raise(chosen, ref_chosen, scale);  // in the maximum, not in the sum
       sum.merge_warp(scale);
@@ -306,26 +317,28 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           const Cut<T> cut(out, columns(c));
           const uint4* held = stages + stage * kPitch;
           const int at = shift + cut.head * int(sizeof(T));
-          uint4 x[kLoads];
-#pragma unroll
-          for (int u = 0; u < kLoads; ++u) {
-            const int v = me + u * Shape::kClose;
-            if (v < cut.body) x[u] = load_shifted(held + at / 16 + v, at & 15);
-          }
           const int edge = me < 32 ? cut.edge(lane) : -1;
           float edge_z = 0.0f;
           if (edge >= 0)
             edge_z = V::get(
                 reinterpret_cast<const T*>(reinterpret_cast<const char*>(held) + shift) + edge);
-          __syncwarp();
-          if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
-          if (++stage == kStages) stage = 0;
           uint4* vectors = reinterpret_cast<uint4*>(out + cut.head);
-          auto write = [&](auto value) {
+          auto give = [&](auto plain, auto value) {
+            constexpr bool PLAIN = decltype(plain)::value;
+            uint4 x[kLoads];
 #pragma unroll
             for (int u = 0; u < kLoads; ++u) {
               const int v = me + u * Shape::kClose;
-              if (v >= cut.body) continue;
+              if (PLAIN)
+                x[u] = held[v];
+              else if (v < cut.body)
+                x[u] = load_shifted(held + at / 16 + v, at & 15);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+#pragma unroll
+            for (int u = 0; u < kLoads; ++u) {
+              const int v = me + u * Shape::kClose;
               const uint32_t in[kWords] = {x[u].x, x[u].y, x[u].z, x[u].w};
               uint32_t w[kWords];
 #pragma unroll
@@ -336,19 +349,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                 for (int e = 0; e < kPer; ++e) z[e] = value(z[e]);
                 w[j] = V::pack(z);
               }
-              const uint4 y = make_uint4(w[0], w[1], w[2], w[3]);
-              if (ring.mode & 4)
-                vectors[v] = y;
-              else if (ring.mode & 8)
-                __stwt(vectors + v, y);
-              else
-                __stcs(vectors + v, y);
+              if (PLAIN || v < cut.body) vectors[v] = make_uint4(w[0], w[1], w[2], w[3]);
             }
           };
-          if (ordinary)
-            write(gradient);
+          if (!ordinary)
+            give(std::false_type{}, careful);
+          else if (at == 0 && cut.body == Shape::kStage)
+            give(std::true_type{}, gradient);
           else
-            write(careful);
+            give(std::false_type{}, gradient);
+          if (++stage == kStages) stage = 0;
           if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
           // the chosen token's own element, by the thread that wrote its vector
           const int in_body = action - first - cut.head;

@@ -115,7 +115,7 @@ struct RowSum {
   __device__ RowSum(float max_, float raw_rest, float chosen_, const Scale& s)
       : max(max_), chosen(chosen_) {
     point = s.point(max);
-    excess = max == -infinity() || s.huge(max) ? 0.0f : fmaf(max, s.factor, -point);
+    excess = s.excess(max);
     rest = raw_rest * exp2f(-excess);
     const double x = chosen == max ? 0.0 : (double(chosen) - double(max)) / s.temperature;
     total = rest + expf(float(x));

@@ -21,9 +21,9 @@ struct SumRows {
     const float logprob = info.action >= 0 ? float(row.logprob) : not_a_number();
     if (to.logprobs) to.logprobs[r] = logprob;
     if (to.row_stats) {
-      // rest is told from the maximum as it is stored, rounded
-      const float max = float(row.max / s.temperature);
-      const float off = fabsf(max) < infinity() ? float(row.max / s.temperature - max) : 0.0f;
+      // as the backward reckons: from the maximum that comes back out of what is stored
+      const float max = float(row.max / s.temperature), back = float(max * s.temperature);
+      const float off = fabsf(max) < infinity() ? float((row.max - back) / s.temperature) : 0.0f;
       to.row_stats[r] = max;
       to.row_stats[count + r] = row.rest * expf(off);
       to.row_stats[2 * count + r] = float(row.chosen / s.temperature);

@@ -20,21 +20,16 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
     const Reader in(rows, nullptr, &gradients, r);
     const int64_t action = a.actions[r];
     const bool known = action >= 0 && action < rows.width;
-    const float grad = a.grad[r], max = a.row_stats[r], rest = a.row_stats[rows.count + r];
-    // p_j = 2^(y_j log2(e) / T - point) 2^-excess / total; 1 - p of the chosen token is rest /
-    // total
-    constexpr float kLog2e = 1.44269504088896340736f;
-    const bool huge = fabsf(max) > 1e37f;
-    const float point = huge ? 0.0f : __fmul_rn(max, kLog2e);
-    const float excess = huge ? 0.0f : fmaf(max, kLog2e, -point);
+    const float grad = a.grad[r], rest = a.row_stats[rows.count + r];
+    const float max = float(a.row_stats[r] * scale.temperature);  // y
+    // p_j = 2^exponent(y_j) 2^-excess / total; 1 - p of the chosen token is rest / total
+    const float point = scale.point(max), excess = scale.excess(max);
     auto exponential = [&](float z) {
-      const float y = capped<CAPPED>(z, scale);
-      const float t = huge ? (y * scale.inverse - max) * kLog2e : fmaf(y, scale.factor, -point);
-      return exp2_fast(t);
+      return exp2_fast(scale.exponent(capped<CAPPED>(z, scale), max, point));
     };
     const float undo = exp2f(-excess);
     const float own = known ? exponential(in.get(int(action))) * undo
-                            : expf(a.row_stats[2 * rows.count + r] - max);
+                            : expf(a.row_stats[2 * rows.count + r] - a.row_stats[r]);
     const float total = rest + own, factor = -grad * undo / total;
     auto gradient = [&](float z, int column) {
       if (z == -infinity()) return 0.0f;

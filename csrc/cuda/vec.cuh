@@ -150,10 +150,16 @@ struct Scale {
         inv_cap(s.softcap > 0 ? float(1.0 / s.softcap) : 0.0f) {}
 
   // Whether products with `factor` may not stay finite; then only differences are scaled.
-  __device__ __forceinline__ bool huge(float max) const { return fabsf(max) * factor > 1e38f; }
+  __device__ __forceinline__ bool huge(float max) const {
+    return fabsf(max) * factor > 1e38f && fabsf(max) < infinity();
+  }
   // Where exponents are reckoned from; never infinite below, where -inf - -inf would be NaN.
   __device__ __forceinline__ float point(float max) const {
     return max == -infinity() ? 0.0f : __fmul_rn(max, factor);
+  }
+  // what the rounding of the point left out
+  __device__ __forceinline__ float excess(float max) const {
+    return max == -infinity() || huge(max) ? 0.0f : fmaf(max, factor, -point(max));
   }
   // (y - max) log2(e) / T, whatever their size
   __device__ __forceinline__ float exponent(float y, float max, float point) const {
