@@ -47,26 +47,24 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
       : "memory");
 }
 // Both addresses and `bytes` are multiples of 16.
+// KEEP: the lines stay in L2 until they are written back, which makes the pass in place 2 to 6 %
+// faster (H200, 2026-11-22).
+template <bool KEEP>
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t bar, int mode) {
-  if (mode == 0) {
+                                          uint32_t bar) {
+  if constexpr (KEEP) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(bar), "l"(policy)
+        : "memory");
+  } else {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(to),
         "l"(from), "r"(bytes), "r"(bar)
-        : "memory");
-  } else {
-    uint64_t policy;
-    if (mode == 1)
-      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    else if (mode == 2)
-      asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    else
-      asm volatile("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-        "[%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(bar), "l"(policy)
         : "memory");
   }
 }

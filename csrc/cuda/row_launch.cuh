@@ -6,7 +6,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <mutex>
 #include <type_traits>
 
@@ -92,10 +91,8 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   Ring ring{};
   const int units = int((set.rows.width + Vec<T>::kWidth - 1) / Vec<T>::kWidth);
   ring.cluster = cluster;
-  if (const char* e = getenv("KLQ_MODE")) ring.mode = atoi(e);  // XXX
   ring.slice = (units + cluster - 1) / cluster;
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
-  ring.chunk = Shape::kStage;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
   const int clusters = int(std::min<int64_t>(k.clusters[cluster], set.rows.count));
   cudaLaunchAttribute attribute{};
@@ -151,6 +148,7 @@ cudaError_t with_reader(const Rows& rows, const Rows* ref, const Rows* out, cons
   return rows.type == Type::bf16 ? typed(Tag<Vectors<bf16>>{}) : typed(Tag<Vectors<f16>>{});
 }
 
+constexpr int64_t kLongRow = 384 << 10;
 constexpr int64_t kShortRow = 16 << 10;  // bytes: a row whose second read comes from L1
 
 // *done = false: no ring for this shape, layout or device.
@@ -160,34 +158,27 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
   const int64_t bytes = set.rows.width * int64_t(sizeof(T));
   if (bytes <= kShortRow) return cudaSuccess;
   if constexpr (!Op::kGrad) {
-    const char* e = getenv("KLQ_FWD");  // XXX
-    if (e && *e == '1')
-      return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 4, 13, 1>>(set, scale, op, 1,
-                                                                             device, stream, done);
-    if (e && *e == '2')
-      return launch_ring<T, CAPPED, Op, false, RingShape<256, 32, 4, 6, 2>>(set, scale, op, 1,
-                                                                            device, stream, done);
-    using Shape = RingShape<512, 32, 2, 13, 1>;
-    return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
+    auto run = [&](auto shape) {
+      return launch_ring<T, CAPPED, Op, false, decltype(shape)>(set, scale, op, 1, device, stream,
+                                                                done);
+    };
+    // few long rows want few blocks, so that they end together; what has more to keep takes in
+    // fewer elements at a time, or in fewer blocks
+    if (bytes > kLongRow && !CAPPED) return run(RingShape<768, 32, 2, 8, 1>{});
+    if constexpr (CAPPED)
+      return run(RingShape<256, 32, 2, 12, 2>{});
+    else if constexpr (Op::kRef || Op::kMoments)
+      return run(RingShape<256, 32, 2, 8, 3>{});
+    else
+      return run(RingShape<256, 32, 4, 4, 3>{});
   } else {
     using Shape = RingShape<256, 256, 4, 13, 1>;
     // room for the row and for a quarter of it to be on its way
-    if (getenv("KLQ_MODE") && atoi(getenv("KLQ_MODE")) & 8) {  // XXX
-      using Wide = RingShape<256, 512, 4, 13, 1>;
-      const int64_t room = int64_t(Wide::kStages - 3) * Wide::kStage * 16;
-      if (bytes <= room)
-        return launch_ring<T, CAPPED, Op, false, Wide>(set, scale, op, 1, device, stream, done);
-      int cluster = 2;
-      while (cluster < 8 && bytes > room * cluster) cluster *= 2;
-      return launch_ring<T, CAPPED, Op, true, Wide>(set, scale, op, cluster, device, stream, done);
-    }
     const int64_t room = int64_t(Shape::kStages - 3) * Shape::kStage * 16;
     if (bytes <= room)
       return launch_ring<T, CAPPED, Op, false, Shape>(set, scale, op, 1, device, stream, done);
     int cluster = 2;
     while (cluster < 8 && bytes > room * cluster) cluster *= 2;
-    if (const char* e = getenv("KLQ_CL"))
-      if (atoi(e)) cluster = atoi(e);  // XXX
     return launch_ring<T, CAPPED, Op, true, Shape>(set, scale, op, cluster, device, stream, done);
   }
 }

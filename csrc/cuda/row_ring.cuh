@@ -15,8 +15,6 @@
 // block, nor 2 kStages ahead of another block's: kSlots covers that. Without one, summers wait
 // until the row kSlots / 2 before theirs is `closed`.
 #pragma once
-#include <type_traits>
-
 #include "cuda/hopper.cuh"
 #include "cuda/row_sums.cuh"
 
@@ -36,11 +34,10 @@ struct RingShape {
 
 // How the rows spread over blocks: set by the launcher from shapes alone.
 struct Ring {
-  int cluster;   // blocks that share a row
-  int slice;     // units of a row a block holds, at most
-  int chunk;     // units of a slice in one stage, at most
-  int chunks;    // stages a slice takes
-  int mode = 0;  // XXX
+  int cluster;  // blocks that share a row
+  int slice;    // units of a row a block holds, at most
+  int chunk;    // units of a slice in one stage, at most
+  int chunks;   // stages a slice takes
 };
 
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
@@ -89,9 +86,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   constexpr int kWidth = V::kWidth;
   const int all = (width + kWidth - 1) / kWidth, begin = min(all, ring.slice * rank);
   const int mine = min(ring.slice, all - begin);
-  auto first_column = [&](int c) { return (begin + c * ring.chunk) * kWidth; };
+  auto first_column = [&](int c) { return (begin + c * Shape::kStage) * kWidth; };
   auto columns = [&](int c) {
-    const int units = max(0, min(ring.chunk, mine - c * ring.chunk));
+    const int units = max(0, min(Shape::kStage, mine - c * Shape::kStage));
     return min(units * kWidth, max(0, width - first_column(c)));
   };
   auto shift_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) & 15); };
@@ -136,9 +133,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
               barrier_expect(bar, aligned);
               if (aligned)
-                bulk_load(shared_address(stages + stage * kPitch),
-                          row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)), aligned, bar,
-                          ring.mode & 3);
+                bulk_load<kGrad>(shared_address(stages + stage * kPitch),
+                                 row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)),
+                                 aligned, bar);
               if (++stage == kStages) stage = 0, ++phase;
             }
           }
@@ -160,30 +157,41 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       const int hit_element = info.action & (kWidth - 1);
       const float chosen = info.chosen, ref_chosen = info.ref_chosen;
       Sum sum;
-      // Takes in one chunk. PLAIN: all of its units are whole and aligned, and the chosen token is
-      // in none of them; straight code, without a branch.
-      auto take = [&](auto plain, int c) {
-        constexpr bool PLAIN = decltype(plain)::value;
-        const int end = PLAIN ? 0 : columns(c), target = hit - c * ring.chunk;
+      const bool aligned = (shifts[0] | shifts[1]) == 0;
+      for (int c = 0; c < ring.chunks; ++c) {
+        const int end = columns(c), target = hit - c * Shape::kStage;
+        const bool whole = end == Shape::kStage * kWidth && (target < 0 || target >= Shape::kStage);
         uint32_t w[kRows][U][kWords], top[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           barrier_wait(shared_address(&full[stage]), phase);
+          const uint4* from = stages + stage * kPitch + thread;
+          // all loads at once, without a branch: what lies past the end is dropped below
+          uint4 x[U];
 #pragma unroll
-          for (int u = 0; u < U; ++u) {
-            const int v = thread + u * Shape::kSum;
-            const uint4* from = stages + stage * kPitch + v;
-            const uint4 x = PLAIN ? *from : load_shifted(from, shifts[k]);
-            w[k][u][0] = x.x, w[k][u][1] = x.y, w[k][u][2] = x.z, w[k][u][3] = x.w;
+          for (int u = 0; u < U; ++u)
+            if (aligned) x[u] = from[u * Shape::kSum];
+          if (!aligned) {
+#pragma unroll
+            for (int u = 0; u < U; ++u) x[u] = load_shifted(from + u * Shape::kSum, shifts[k]);
           }
-          if (!PLAIN) {
+#pragma unroll
+          for (int u = 0; u < U; ++u)
+            w[k][u][0] = x[u].x, w[k][u][1] = x[u].y, w[k][u][2] = x[u].z, w[k][u][3] = x[u].w;
+          if (!whole) {
 #pragma unroll
             for (int u = 0; u < U; ++u) {
               const int v = thread + u * Shape::kSum, there = end - v * kWidth;
-              const int drop = v == target ? hit_element : -1;
+              if (v == target) {
 #pragma unroll
-              for (int j = 0; j < kWords; ++j)
-                w[k][u][j] = V::drop_from(V::drop(w[k][u][j], drop - j * kPer), there - j * kPer);
+                for (int j = 0; j < kWords; ++j)
+                  w[k][u][j] = V::drop(w[k][u][j], hit_element - j * kPer);
+              }
+              if (there < kWidth) {
+#pragma unroll
+                for (int j = 0; j < kWords; ++j)
+                  w[k][u][j] = V::drop_from(w[k][u][j], there - j * kPer);
+              }
             }
           }
           top[k] = V::kMinusInf;
@@ -226,16 +234,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           sum.sum += parts[p].sum, sum.plain += parts[p].plain;
           sum.ref_sum += parts[p].ref_sum, sum.cross += parts[p].cross;
         }
-      };
-      const bool aligned = (shifts[0] | shifts[1]) == 0;
-      for (int c = 0; c < ring.chunks; ++c) {
-        const int target = hit - c * ring.chunk;
-        const bool plain = aligned && columns(c) == Shape::kStage * kWidth &&
-                           (target < 0 || target >= Shape::kStage);
-        if (plain)
-          take(std::true_type{}, c);
-        else
-          take(std::false_type{}, c);
       }
       sum.raise(chosen, ref_chosen, scale);  // in the maximum, not in the sum
       sum.merge_warp(scale);
@@ -323,19 +321,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             edge_z = V::get(
                 reinterpret_cast<const T*>(reinterpret_cast<const char*>(held) + shift) + edge);
           uint4* vectors = reinterpret_cast<uint4*>(out + cut.head);
-          auto give = [&](auto plain, auto value) {
-            constexpr bool PLAIN = decltype(plain)::value;
-            uint4 x[kLoads];
+          uint4 x[kLoads];
 #pragma unroll
-            for (int u = 0; u < kLoads; ++u) {
-              const int v = me + u * Shape::kClose;
-              if (PLAIN)
-                x[u] = held[v];
-              else if (v < cut.body)
-                x[u] = load_shifted(held + at / 16 + v, at & 15);
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+          for (int u = 0; u < kLoads; ++u)
+            if (at == 0) x[u] = held[me + u * Shape::kClose];
+          if (at != 0) {
+#pragma unroll
+            for (int u = 0; u < kLoads; ++u)
+              if (me + u * Shape::kClose < cut.body)
+                x[u] = load_shifted(held + at / 16 + me + u * Shape::kClose, at & 15);
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+          auto write = [&](auto value) {
 #pragma unroll
             for (int u = 0; u < kLoads; ++u) {
               const int v = me + u * Shape::kClose;
@@ -349,15 +347,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                 for (int e = 0; e < kPer; ++e) z[e] = value(z[e]);
                 w[j] = V::pack(z);
               }
-              if (PLAIN || v < cut.body) vectors[v] = make_uint4(w[0], w[1], w[2], w[3]);
+              if (v < cut.body) vectors[v] = make_uint4(w[0], w[1], w[2], w[3]);
             }
           };
-          if (!ordinary)
-            give(std::false_type{}, careful);
-          else if (at == 0 && cut.body == Shape::kStage)
-            give(std::true_type{}, gradient);
+          if (ordinary)
+            write(gradient);
           else
-            give(std::false_type{}, gradient);
+            write(careful);
           if (++stage == kStages) stage = 0;
           if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
           // the chosen token's own element, by the thread that wrote its vector

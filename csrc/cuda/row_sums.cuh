@@ -23,18 +23,18 @@ struct Sums {
   }
   // moves the reference points up to what is now the largest element
   __device__ __forceinline__ void raise(float to, float ref_to, const Scale& s) {
-    if (to > max) {
-      const float up = shift(max, to, s);
-      const float f = max == -infinity() ? 0.0f : exp2_fast(up);
-      if (MOMENTS) plain = f * fmaf(up, sum, plain);
-      if (MOMENTS && REF) cross = f * fmaf(up, sum, cross);
-      sum *= f;
-      max = to;
-    }
-    if (REF && ref_to > ref_max) {
-      const float up = shift(ref_max, ref_to, s);
-      if (MOMENTS) cross = fmaf(-up, sum, cross);
-      ref_sum *= ref_max == -infinity() ? 0.0f : exp2_fast(up);
+    const bool up = to > max, ref_up = REF && ref_to > ref_max;
+    if (!up && !ref_up) return;
+    const float by = up ? shift(max, to, s) : 0.0f;
+    const float ref_by = ref_up ? shift(ref_max, ref_to, s) : 0.0f;
+    const float f = !up ? 1.0f : max == -infinity() ? 0.0f : exp2_fast(by);
+    if (MOMENTS) plain = f * fmaf(by, sum, plain);
+    // one step for both, so that a model and itself differ by exactly 0
+    if (MOMENTS && REF) cross = f * fmaf(by - ref_by, sum, cross);
+    sum *= f;
+    max = up ? to : max;
+    if (ref_up) {
+      ref_sum *= ref_max == -infinity() ? 0.0f : exp2_fast(ref_by);
       ref_max = ref_to;
     }
   }
@@ -116,11 +116,12 @@ struct RowSum {
       : max(max_), chosen(chosen_) {
     point = s.point(max);
     excess = s.excess(max);
-    rest = raw_rest * exp2f(-excess);
     const double x = chosen == max ? 0.0 : (double(chosen) - double(max)) / s.temperature;
-    total = rest + expf(float(x));
+    const double others = double(raw_rest) * (1.0 - 0.693147180559945309 * double(excess));
+    const double all = others + double(expf(float(x)));
+    rest = float(others), total = float(all);
     raw_sum = total * exp2f(excess);
-    log_sum = chosen == max && rest < 0.5f ? double(log1pf(rest)) : log(double(total));
+    log_sum = chosen == max && others < 0.5 ? double(log1pf(rest)) : log(all);
     logprob = x - log_sum;
     if (logprob > 0) logprob = 0;
     if (!(fabsf(max) < infinity())) logprob = double(not_a_number());

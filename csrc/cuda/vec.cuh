@@ -149,6 +149,11 @@ struct Scale {
         softcap(float(s.softcap)),
         inv_cap(s.softcap > 0 ? float(1.0 / s.softcap) : 0.0f) {}
 
+  // z / softcap, rounded once: one Newton step after the product
+  __device__ __forceinline__ float over_cap(float z) const {
+    const float q = z * inv_cap, left = fmaf(-q, softcap, z);
+    return fabsf(left) < infinity() ? fmaf(left, inv_cap, q) : q;
+  }
   // Whether products with `factor` may not stay finite; then only differences are scaled.
   __device__ __forceinline__ bool huge(float max) const {
     return fabsf(max) * factor > 1e38f && fabsf(max) < infinity();
@@ -171,7 +176,7 @@ struct Scale {
 template <bool CAPPED>
 __device__ __forceinline__ float capped(float z, const Scale& s) {
   if (!CAPPED) return z;
-  const float y = s.softcap * tanhf(z * s.inv_cap);
+  const float y = s.softcap * tanhf(s.over_cap(z));
   return z == -infinity() ? z : y;
 }
 
@@ -179,7 +184,7 @@ __device__ __forceinline__ float capped(float z, const Scale& s) {
 template <bool CAPPED>
 __device__ __forceinline__ float slope(float z, const Scale& s) {
   if (!CAPPED) return s.inverse;
-  const float h = tanhf(z * s.inv_cap);
+  const float h = tanhf(s.over_cap(z));
   return z == -infinity() ? 0.0f : fmaf(-h, h, 1.0f) * s.inverse;
 }
 
