@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_token_logprobs": {"cpp": _CPU},
     "linear_token_stats": {"cpp": _CPU},
     "linear_klq_loss": {"cpp": _CPU},
-    "place_scores": {"cpp": _CPU},
+    "place_scores": {"cpp": _CPU, "cuda": _GPU},
 }
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
@@ -98,7 +98,7 @@ def resolve(
             if candidate == "reference" or (
                 device.type in kernels.get(candidate, ())
                 and not (dtype == torch.float64 and candidate in _NO_FLOAT64)
-                and _missing(candidate) is None
+                and (BUILD_INFO["cuda"] if candidate == "cuda" else _missing(candidate) is None)
             ):
                 return candidate
     _known(requested, op)

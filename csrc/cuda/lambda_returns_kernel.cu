@@ -43,13 +43,16 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 4 : 2)
     span_maps_kernel(const ScanArgs s, int64_t span, ScanMap* maps) {
   __shared__ ScanMap shared[2][kMaxWarps];
   const Group<true> group{kThreads, int(threadIdx.x), shared};
+#if defined(KLQ_TUNE) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
   const int64_t j = blockIdx.x + 1, begin = j * span;
   Cursor cursor(s.seqs);
   if (!cursor.seek(begin) || cursor.begin == begin) return;
   const int64_t edge = min(begin + span, s.seqs.tokens), end = min(edge, cursor.end);
-  const double lam = s.lam_rows.data ? double(load(s.lam_rows, cursor.index)) : s.lam;
-  ScanMap map = scan_range<kPlain, false, false>(s, group, begin, end,
-                                                 chunks_of(end - begin, kThreads), lam, 0.0);
+  ScanMap map = scan_range<kPlain, false, false>(
+      s, group, begin, end, chunks_of(end - begin, kThreads),
+      [&] { return Start{s.lam_rows.data ? double(load(s.lam_rows, cursor.index)) : s.lam, 0.0}; });
   if (cursor.end <= edge) {
     const double boot = s.bootstrap.data ? double(load(s.bootstrap, cursor.index)) : 0.0;
     map = {through(map, boot), 0.0};
@@ -63,24 +66,27 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 4 : 2)
   __shared__ ScanMap shared[2][kMaxWarps];
   const Group<true> group{kThreads, int(threadIdx.x), shared};
   const int64_t j = blockIdx.x, begin = j * span, end = min(begin + span, s.seqs.tokens);
-  double carry = 0;
-  Cursor cursor(s.seqs);
-  if (cursor.seek(end - 1) && cursor.end > end) {  // the rest of the last sequence
+  // the W of the rest of the last sequence, from the maps of its spans
+  const auto rest = [&] {
+#if defined(KLQ_TUNE) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    Cursor cursor(s.seqs);
+    if (!cursor.seek(end - 1) || cursor.end <= end) return Start{s.lam, 0.0};
     const int64_t stop = min((cursor.end - 1) / span + 1, int64_t(gridDim.x));
-    ScanMap rest{0, 1}, after;
+    ScanMap all{0, 1}, after;
     int turn = 0;
-    for (int64_t i = j + 1; i < stop && rest.f != 0; i += kThreads, ++turn) {
+    for (int64_t i = j + 1; i < stop && all.f != 0; i += kThreads, ++turn) {
       const int64_t mine = i + threadIdx.x;
       ScanMap window{0, 1};
       group.compose_all(mine < stop ? maps[mine] : window, turn, after,
                         [&](int, ScanMap map) { window = compose(map, window); });
-      rest = compose(rest, window);
+      all = compose(all, window);
     }
-    carry = rest.d;
     __syncthreads();  // `shared` is used again
-  }
-  const int chunks = chunks_of(end - begin, kThreads);
-  scan_range<kPlain, true, true>(s, group, begin, end, chunks, s.lam, carry);
+    return Start{s.lam, all.d};
+  };
+  scan_range<kPlain, true, true>(s, group, begin, end, chunks_of(end - begin, kThreads), rest);
 }
 
 struct Plan {
@@ -93,12 +99,21 @@ struct Plan {
 Plan plan_of(const Sequences& seqs) {
   Plan p;
   const int64_t length = seqs.length, rows = seqs.count, n = seqs.tokens;
-  if (seqs.ends || (length > 4096 && rows < 256)) {
-    // at most 528 blocks while all of them fit on the device at once, then spans of 16 chunks
-    p.span = kChunk * std::clamp<int64_t>((n + 528 * kChunk - 1) / (528 * kChunk), 1, 16);
+#ifdef KLQ_TUNE
+  const int force = getenv("KLQ_SPAN") ? atoi(getenv("KLQ_SPAN")) : 0;
+  if (force > 0) {
+    p.span = kChunk * force;
     p.blocks = (n + p.span - 1) / p.span;
     return p;
   }
+  if (force == 0 || seqs.ends)
+#endif
+    if (seqs.ends || (length > 4096 && rows < 256)) {
+      // at most 528 blocks while all of them fit on the device at once, then spans of 16 chunks
+      p.span = kChunk * std::clamp<int64_t>((n + 528 * kChunk - 1) / (528 * kChunk), 1, 16);
+      p.blocks = (n + p.span - 1) / p.span;
+      return p;
+    }
   const int64_t steps = chunks_of(length, 1);  // lanes that hold a row at once
   if (steps <= 32) {
     for (p.lanes = 1; p.lanes < steps;) p.lanes *= 2;
@@ -110,7 +125,7 @@ Plan plan_of(const Sequences& seqs) {
     p.warps *= 2;
   p.blocks = rows;
 #ifdef KLQ_TUNE
-  if (const char* e = getenv("KLQ_WARPS")) p.warps = atoi(e);
+  if (getenv("KLQ_WARPS")) p.warps = atoi(getenv("KLQ_WARPS"));
 #endif
   return p;
 }
@@ -125,6 +140,18 @@ void launch(const ScanArgs& args, const Plan& p, ScanMap* maps, cudaStream_t str
   } else {
     if (blocks > 1)
       span_maps_kernel<kPlain><<<blocks - 1, kThreads, 0, stream>>>(args, p.span, maps);
+#ifdef KLQ_TUNE
+    if (getenv("KLQ_PDL") && blocks > 1) {
+      cudaLaunchConfig_t c{};
+      c.gridDim = blocks, c.blockDim = kThreads, c.stream = stream;
+      cudaLaunchAttribute a{};
+      a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      a.val.programmaticStreamSerializationAllowed = 1;
+      c.attrs = &a, c.numAttrs = 1;
+      cudaLaunchKernelEx(&c, spans_kernel<kPlain>, args, p.span, (const ScanMap*)maps);
+      return;
+    }
+#endif
     spans_kernel<kPlain><<<blocks, kThreads, 0, stream>>>(args, p.span, maps);
   }
 }

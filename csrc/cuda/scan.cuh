@@ -106,29 +106,33 @@ __device__ inline float load(const Reals& x, int64_t i) {
 struct Raw {
   uint32_t word[kLaneTokens];
 };
-// kPlain: known to be float32 and aligned.
+__device__ inline Raw load_floats(const void* data, int64_t t) {
+  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(static_cast<const float*>(data) + t));
+  return {{v.x, v.y, v.z, v.w}};
+}
+// The first `count` of them. kPlain: known to be all four, float32 and aligned.
 template <bool kPlain>
-__device__ Raw load_raw(const Reals& x, int64_t t, int64_t tokens) {
-  Raw raw{};
-  const bool whole = (kPlain || x.vector) && t + kLaneTokens <= tokens;
-  if (kPlain || x.type == Real::f32) {
-    const unsigned int* from = static_cast<const unsigned int*>(x.data) + t;
-    if (whole) {
-      const uint4 v = __ldcg(reinterpret_cast<const uint4*>(from));
-      return {{v.x, v.y, v.z, v.w}};
-    }
-    for (int k = 0; k < kLaneTokens; ++k)
-      if (t + k < tokens) raw.word[k] = __ldcg(from + k);
+__device__ Raw load_raw(const Reals& x, int64_t t, int count) {
+  if constexpr (kPlain) {
+    return load_floats(x.data, t);
   } else {
-    const unsigned short* from = static_cast<const unsigned short*>(x.data) + t;
-    if (whole) {
-      const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
-      return {{v.x, v.y}};
+    Raw raw{};
+    const bool whole = x.vector && count == kLaneTokens;
+    if (x.type == Real::f32) {
+      if (whole) return load_floats(x.data, t);
+      for (int k = 0; k < kLaneTokens; ++k)
+        if (k < count) raw.word[k] = __ldcg(static_cast<const unsigned int*>(x.data) + t + k);
+    } else {
+      const unsigned short* from = static_cast<const unsigned short*>(x.data) + t;
+      if (whole) {
+        const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
+        return {{v.x, v.y}};
+      }
+      for (int k = 0; k < kLaneTokens; ++k)
+        if (k < count) raw.word[k / 2] |= uint32_t(__ldcg(from + k)) << (k % 2 * 16);
     }
-    for (int k = 0; k < kLaneTokens; ++k)
-      if (t + k < tokens) raw.word[k / 2] |= uint32_t(__ldcg(from + k)) << (k % 2 * 16);
+    return raw;
   }
-  return raw;
 }
 template <bool kPlain>
 __device__ float at(const Raw& raw, int k, Real type) {
@@ -145,18 +149,21 @@ template <bool kPlain>
 __device__ RawTokens load_tokens(const ScanArgs& s, int64_t t, int64_t begin, int64_t end) {
   RawTokens x{};
   if (t + kLaneTokens <= begin || t >= end) return x;
-  const int64_t n = s.seqs.tokens;
-  x.value = load_raw<kPlain>(s.values, t, n);
-  x.reward = load_raw<kPlain>(s.rewards, t, n);
-  if (s.log_ratios.data) x.log_ratio = load_raw<kPlain>(s.log_ratios, t, n);
-  if (!kPlain && s.trace.data) x.trace = load_raw<kPlain>(s.trace, t, n);
+  const int count = int(min(s.seqs.tokens - t, int64_t(kLaneTokens)));
+  if constexpr (kPlain) {
+    if (count < kLaneTokens) return load_tokens<false>(s, t, begin, end);
+  }
+  x.value = load_raw<kPlain>(s.values, t, count);
+  x.reward = load_raw<kPlain>(s.rewards, t, count);
+  if (s.log_ratios.data) x.log_ratio = load_raw<kPlain>(s.log_ratios, t, count);
+  if (!kPlain && s.trace.data) x.trace = load_raw<kPlain>(s.trace, t, count);
   x.mask = 0x01010101;
-  if (s.mask && (kPlain || s.mask_vector) && t + kLaneTokens <= n) {
+  if (s.mask && (kPlain || (s.mask_vector && count == kLaneTokens))) {
     x.mask = __ldcg(reinterpret_cast<const unsigned int*>(s.mask + t));
   } else if (s.mask) {
     x.mask = 0;
     for (int k = 0; k < kLaneTokens; ++k)
-      if (t + k < n) x.mask |= uint32_t(__ldcg(s.mask + t + k)) << (8 * k);
+      if (k < count) x.mask |= uint32_t(__ldcg(s.mask + t + k)) << (8 * k);
   }
   return x;
 }
@@ -192,15 +199,20 @@ struct Lane {
   }
 };
 
-// Scans the tokens [begin, end) with the W of what follows them in `carry`; returns their map.
+// What a scan begins with: the trace decay, and the W of what follows its tokens.
+struct Start {
+  double lam, carry;
+};
+
+// Scans the tokens [begin, end) from what `start()` gives, which is asked while their loads are
+// under way; returns their map.
 // kPlain: float32 inputs aligned for vectors, one trace decay for all. kWrite: fills the outputs
 // there. kEnds: sequences end inside, each with its own bootstrap and lam; otherwise the range lies
-// in one sequence, whose trace decay is `lam`.
-template <bool kPlain, bool kEnds, bool kWrite, bool kBlock>
+// in one sequence, whose trace decay is that of `start`.
+template <bool kPlain, bool kEnds, bool kWrite, bool kBlock, class Begin>
 __device__ ScanMap scan_range(const ScanArgs& s, const Group<kBlock>& group, int64_t begin,
-                              int64_t end, int chunks, double lam, double carry) {
+                              int64_t end, int chunks, const Begin& start) {
   const float tau = float(s.tau), gamma = float(s.gamma), alpha = float(s.alpha);
-  const double decay = float(lam) == 0 ? 0.0 : s.gamma * lam;
   const bool traced = !kPlain && s.trace.data;
   const bool own_lam = !kPlain && kEnds && !traced && s.lam_rows.data;
   const int64_t chunk = int64_t(group.threads) * kLaneTokens;
@@ -210,6 +222,8 @@ __device__ ScanMap scan_range(const ScanArgs& s, const Group<kBlock>& group, int
   ScanMap whole{0, 1};
   Cursor cursor(s.seqs);
   RawTokens next = load_tokens<kPlain>(s, t, begin, end);
+  auto [lam, carry] = start();
+  const double decay = float(lam) == 0 ? 0.0 : s.gamma * lam;
 
   for (int i = 0; i < chunks; ++i, t -= chunk) {
     const RawTokens x = next;
@@ -274,9 +288,10 @@ template <bool kPlain, bool kBlock>
 __device__ void scan_sequence(const ScanArgs& s, const Group<kBlock>& group, int64_t sequence,
                               int64_t begin, int64_t end, int chunks) {
   const bool there = sequence < s.seqs.count;
-  const double lam = there && s.lam_rows.data ? double(load(s.lam_rows, sequence)) : s.lam;
-  const double boot = there && s.bootstrap.data ? double(load(s.bootstrap, sequence)) : 0.0;
-  scan_range<kPlain, false, true>(s, group, begin, there ? end : begin, chunks, lam, boot);
+  scan_range<kPlain, false, true>(s, group, begin, there ? end : begin, chunks, [&] {
+    return Start{there && s.lam_rows.data ? double(load(s.lam_rows, sequence)) : s.lam,
+                 there && s.bootstrap.data ? double(load(s.bootstrap, sequence)) : 0.0};
+  });
 }
 
 }  // namespace klq::cuda
