@@ -75,6 +75,8 @@ def use_backend(backend: str):
         _override = previous
 
 
+_chosen: dict[tuple, str] = {}  # what `resolve` found best, by its arguments
+
 _NO_FLOAT64 = ("triton", "cuda")  # float64 exists for oracles: reference and cpp have it
 
 
@@ -94,12 +96,17 @@ def resolve(
     requested = backend or _override or os.environ.get("KLQ_BACKEND") or None
     kernels = TABLE[op]
     if requested is None:
+        # the choice below costs some calls more than their launch; a key is never chosen otherwise
+        choice = _chosen.get(key := (op, device.type, dtype))
+        if choice is not None:
+            return choice
         for candidate in _PREFERENCE.get(device.type, ("reference",)):
             if candidate == "reference" or (
                 device.type in kernels.get(candidate, ())
                 and not (dtype == torch.float64 and candidate in _NO_FLOAT64)
-                and (BUILD_INFO["cuda"] if candidate == "cuda" else _missing(candidate) is None)
+                and _missing(candidate) is None
             ):
+                _chosen[key] = candidate
                 return candidate
     _known(requested, op)
     if requested == "reference":

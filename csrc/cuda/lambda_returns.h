@@ -34,12 +34,19 @@ struct ScanArgs {
   bool outputs_vector = true;  // all are aligned for four at a time
 };
 
-// Maps of the spans that a scan of few long sequences is cut into: this many doubles of scratch,
-// all written before they are read; 0 where one launch does.
-int64_t scan_scratch(const Sequences& seqs);
+// How a scan is laid out, from shapes and the kind of device.
+struct ScanPlan {
+  int lanes = 0;        // lanes a row, or
+  int warps = 0;        // warps a block, a block a row, or
+  int64_t span = 0;     // tokens a block, flat
+  int64_t blocks = 0;   // all of them
+  int64_t scratch = 0;  // doubles of scratch, all written before they are read
+};
+ScanPlan plan_scan(const Sequences& seqs);
 
 // Enqueue on `stream`; return the launch's error code. Nothing to do is no launch.
-cudaError_t launch_scan(const ScanArgs& args, double* scratch, cudaStream_t stream);
+cudaError_t launch_scan(const ScanArgs& args, const ScanPlan& plan, double* scratch,
+                        cudaStream_t stream);
 // Fills all of `rewards`.
 cudaError_t launch_place_scores(const Sequences& seqs, const Reals& scores, const uint8_t* mask,
                                 float* rewards, cudaStream_t stream);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reverse scan of eq. (7) in its W form, W_t = V_t + c_t A_t and A_t = (r_t - Q_t) + gamma W_next,
-// over one range of tokens by one group of threads: part of a warp, a warp, or a block.
+// over one range of tokens by one group of threads: part of a warp, a warp, a block, or a cluster
+// of blocks.
 //
 // A lane holds four neighbouring tokens (one 16-byte load an input), runs them right to left in
 // float32, and describes them to the others as an affine map W = d + f W_next in double, which
@@ -15,7 +16,6 @@
 namespace klq::cuda {
 
 constexpr int kLaneTokens = 4;
-constexpr int kMaxWarps = 8;
 
 struct ScanMap {
   double d, f;
@@ -26,33 +26,62 @@ __device__ inline ScanMap compose(ScanMap left, ScanMap right) {
   return {fma(left.f, right.d, left.d), left.f * right.f};
 }
 
-// Threads that scan one range together. kBlock: all warps of the block; else `threads` <= 32
+// Threads that scan one range together: a block of kWarps, or (kWarps = 0) `threads` <= 32
 // neighbouring lanes, whose warp must take part as a whole.
-template <bool kBlock>
+template <int kWarps>
 struct Group {
   int threads, rank;
-  ScanMap (*shared)[kMaxWarps];  // [2], used in turn; kBlock only
+  ScanMap (*shared)[kWarps ? kWarps : 1] = nullptr;  // [2], used in turn: one barrier a turn
 
-  // Composes the lanes' maps. Gives the map of what lies right of this lane in its warp (`after`),
-  // and calls visit(j, map) for the group's warps j from right to left.
-  template <class Visit>
-  __device__ void compose_all(ScanMap m, int turn, ScanMap& after, const Visit& visit) const {
-    const int width = kBlock ? 32 : threads, lane = rank % width;
-    for (int step = 1; step < width; step *= 2) {
-      const ScanMap right{__shfl_down_sync(~0u, m.d, step, width),
-                          __shfl_down_sync(~0u, m.f, step, width)};
-      if (lane + step < width) m = compose(m, right);
+  __device__ int width() const { return kWarps ? 32 : threads; }
+  // m becomes the map of this lane and what lies right of it in its warp; returns that of the
+  // latter
+  __device__ ScanMap suffix(ScanMap& m) const {
+    const int lane = rank % width();
+#pragma unroll
+    for (int step = 1; step < (kWarps ? 32 : width()); step *= 2) {
+      const ScanMap right{__shfl_down_sync(~0u, m.d, step, width()),
+                          __shfl_down_sync(~0u, m.f, step, width())};
+      if (lane + step < width()) m = compose(m, right);
     }
-    after = {__shfl_down_sync(~0u, m.d, 1, width), __shfl_down_sync(~0u, m.f, 1, width)};
-    if (lane == width - 1) after = {0, 1};
-    if constexpr (kBlock) {
-      ScanMap* maps = shared[turn % 2];
-      if (lane == 0) maps[rank / 32] = m;
-      __syncthreads();
-      for (int j = threads / 32 - 1; j >= 0; --j) visit(j, maps[j]);
+    const ScanMap after{__shfl_down_sync(~0u, m.d, 1, width()),
+                        __shfl_down_sync(~0u, m.f, 1, width())};
+    return lane == width() - 1 ? ScanMap{0, 1} : after;
+  }
+
+  // The W that enters each lane, whose map is m, when `carry` enters the group. `carry` becomes the
+  // W that leaves the group.
+  __device__ double enter(ScanMap m, int turn, double& carry) const {
+    const ScanMap after = suffix(m);
+    double w = carry;
+    if constexpr (kWarps == 0) {
+      carry = through({__shfl_sync(~0u, m.d, 0, width()), __shfl_sync(~0u, m.f, 0, width())}, w);
     } else {
-      visit(0, ScanMap{__shfl_sync(~0u, m.d, 0, width), __shfl_sync(~0u, m.f, 0, width)});
+      const int warp = int(threadIdx.x) / 32;
+      ScanMap* maps = shared[turn % 2];
+      if (threadIdx.x % 32 == 0) maps[warp] = m;
+      __syncthreads();
+      double left = carry;
+#pragma unroll
+      for (int j = kWarps - 1; j >= 0; --j) {
+        if (j == warp) w = left;
+        left = through(maps[j], left);
+      }
+      carry = left;
     }
+    return through(after, w);
+  }
+
+  // The map of a whole block.
+  __device__ ScanMap total(ScanMap m, int turn) const {
+    suffix(m);
+    ScanMap* maps = shared[turn % 2];
+    if (threadIdx.x % 32 == 0) maps[threadIdx.x / 32] = m;
+    __syncthreads();
+    ScanMap all{0, 1};
+#pragma unroll
+    for (int j = kWarps - 1; j >= 0; --j) all = compose(maps[j], all);
+    return all;
   }
 };
 
@@ -67,25 +96,43 @@ struct Cursor {
     return seqs.wide_ends ? static_cast<const int64_t*>(seqs.ends)[i]
                           : static_cast<const int32_t*>(seqs.ends)[i];
   }
-  // Whether t is in a sequence, which is then [begin, end). Unchecked ends lead to wrong sequences,
-  // never out of the buffers.
+  // Whether t, which never grows, is in a sequence; that is then [begin, end). Unchecked ends lead
+  // to wrong sequences, never out of the buffers.
   __device__ bool seek(int64_t t) {
     if (seqs.count == 0) return false;
-    if (t < begin || (t >= end && index + 1 < seqs.count)) {
-      if (!seqs.ends) {
-        index = t / seqs.length;
-        begin = index * seqs.length, end = begin + seqs.length;
-        return true;
+    if (t < begin && !seqs.ends) {
+      index = t / seqs.length;
+      begin = index * seqs.length, end = begin + seqs.length;
+    } else if (t < begin) {
+      // the last i with bound(i) <= t: most often the one before, else not far
+      int64_t high = index, low = max(index - 1, int64_t(0)), value = bound(low);
+      for (int64_t step = 2; value > t && low > 0; step *= 2) {
+        high = low, low = max(low - step, int64_t(0)), value = bound(low);
       }
-      // the last i with bound(i) <= t: most often the one before, else by bisection
-      int64_t low = 0, high = t < begin ? max(index, int64_t(1)) : seqs.count;
-      if (bound(high - 1) <= t) low = high - 1;
       while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (bound(middle) <= t ? low : high) = middle;
+        const int64_t middle = (low + high) / 2, there = bound(middle);
+        if (there <= t) {
+          low = middle, value = there;
+        } else {
+          high = middle;
+        }
       }
-      index = low, begin = bound(low), end = bound(low + 1);
+      index = low, begin = value, end = bound(low + 1);
     }
+    return t >= begin && t < end;
+  }
+  // The same for a token anywhere, by a whole warp: three dependent loads find one of 32 000 ends,
+  // where bisection takes fifteen.
+  __device__ bool seek_far(int64_t t) {
+    if (!seqs.ends || seqs.count == 0) return seek(t);
+    int64_t low = 0, high = seqs.count;
+    while (high - low > 1) {
+      const int64_t step = (high - low + 31) / 32, i = low + threadIdx.x % 32 * step;
+      const unsigned before = __ballot_sync(~0u, i < high && bound(i) <= t) | 1;
+      low += (__popc(before) - 1) * step;
+      high = min(high, low + step);
+    }
+    index = low, begin = bound(low), end = bound(low + 1);
     return t >= begin && t < end;
   }
 };
@@ -199,9 +246,10 @@ struct Lane {
   }
 };
 
-// What a scan begins with: the trace decay, and the W of what follows its tokens.
+// What a scan begins with: the trace decay, the W of what follows its tokens.
 struct Start {
   double lam, carry;
+  Cursor cursor;  // where to look for sequences from; kEnds only
 };
 
 // Scans the tokens [begin, end) from what `start()` gives, which is asked while their loads are
@@ -209,9 +257,9 @@ struct Start {
 // kPlain: float32 inputs aligned for vectors, one trace decay for all. kWrite: fills the outputs
 // there. kEnds: sequences end inside, each with its own bootstrap and lam; otherwise the range lies
 // in one sequence, whose trace decay is that of `start`.
-template <bool kPlain, bool kEnds, bool kWrite, bool kBlock, class Begin>
-__device__ ScanMap scan_range(const ScanArgs& s, const Group<kBlock>& group, int64_t begin,
-                              int64_t end, int chunks, const Begin& start) {
+template <bool kPlain, bool kEnds, bool kWrite, class Members, class Begin>
+__device__ ScanMap scan_range(const ScanArgs& s, const Members& group, int64_t begin, int64_t end,
+                              int chunks, const Begin& start) {
   const float tau = float(s.tau), gamma = float(s.gamma), alpha = float(s.alpha);
   const bool traced = !kPlain && s.trace.data;
   const bool own_lam = !kPlain && kEnds && !traced && s.lam_rows.data;
@@ -220,9 +268,8 @@ __device__ ScanMap scan_range(const ScanArgs& s, const Group<kBlock>& group, int
   int64_t t = (end + kLaneTokens - 1) / kLaneTokens * kLaneTokens - chunk +
               int64_t(group.rank) * kLaneTokens;
   ScanMap whole{0, 1};
-  Cursor cursor(s.seqs);
   RawTokens next = load_tokens<kPlain>(s, t, begin, end);
-  auto [lam, carry] = start();
+  auto [lam, carry, cursor] = start();
   const double decay = float(lam) == 0 ? 0.0 : s.gamma * lam;
 
   for (int i = 0; i < chunks; ++i, t -= chunk) {
@@ -253,19 +300,19 @@ __device__ ScanMap scan_range(const ScanArgs& s, const Group<kBlock>& group, int
                       : lane.v[k];
       lane.u[k] = at<kPlain>(x.reward, k, s.rewards.type) - lane.q[k];
       lane.step(k, gamma, w);
-      const double factor = traced || own_lam ? double(lane.c[k]) * s.gamma : decay;
-      if (use) f = factor == 0 ? 0.0 : f * factor;
+      if (!kPlain && use) {
+        const double factor = traced || own_lam ? double(lane.c[k]) * s.gamma : decay;
+        f = factor == 0 ? 0.0 : f * factor;
+      } else if (use) {
+        f *= decay;
+      }
     }
 
-    ScanMap after;
-    double right = carry;
-    group.compose_all(ScanMap{double(w), f}, i % 2, after, [&](int j, ScanMap map) {
-      if (!kBlock || j == group.rank / 32) right = carry;
-      carry = through(map, carry);
-      if (!kWrite) whole = compose(map, whole);
-    });
-    if constexpr (kWrite) {
-      w = float(through(after, right));
+    const ScanMap map{double(w), f};
+    if constexpr (!kWrite) {
+      whole = compose(group.total(map, i), whole);
+    } else {
+      w = float(group.enter(map, i, carry));
       float a[kLaneTokens], g[kLaneTokens];
 #pragma unroll
       for (int k = kLaneTokens - 1; k >= 0; --k) {
@@ -284,13 +331,14 @@ __device__ ScanMap scan_range(const ScanArgs& s, const Group<kBlock>& group, int
 }
 
 // One sequence, from its bootstrap, by one group.
-template <bool kPlain, bool kBlock>
-__device__ void scan_sequence(const ScanArgs& s, const Group<kBlock>& group, int64_t sequence,
+template <bool kPlain, class Members>
+__device__ void scan_sequence(const ScanArgs& s, const Members& group, int64_t sequence,
                               int64_t begin, int64_t end, int chunks) {
   const bool there = sequence < s.seqs.count;
   scan_range<kPlain, false, true>(s, group, begin, there ? end : begin, chunks, [&] {
     return Start{there && s.lam_rows.data ? double(load(s.lam_rows, sequence)) : s.lam,
-                 there && s.bootstrap.data ? double(load(s.bootstrap, sequence)) : 0.0};
+                 there && s.bootstrap.data ? double(load(s.bootstrap, sequence)) : 0.0,
+                 Cursor(s.seqs)};
   });
 }
 

@@ -85,13 +85,11 @@ inline void run_scan(const char* op, const ScanInputs& in, Tensor* q, Tensor& ad
   s.q = q ? floats(*q) : nullptr, s.advantages = floats(advantages), s.returns = floats(returns);
   for (const float* out : {s.q, s.advantages, s.returns})
     s.outputs_vector = s.outputs_vector && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  const ScanPlan plan = plan_scan(s.seqs);
   MaybeTensor scratch;
-  if (const int64_t size = scan_scratch(s.seqs)) {
-    const int64_t shape[] = {size};
-    scratch = new_on_device(v, {shape, 1}, aoti_torch_dtype_float64());
-  }
-  STD_CUDA_CHECK(launch_scan(s, scratch ? static_cast<double*>(scratch->data_ptr()) : nullptr,
-                             current_stream(v)));
+  if (plan.scratch) scratch = new_on_device(v, {&plan.scratch, 1}, aoti_torch_dtype_float64());
+  double* maps = scratch ? static_cast<double*>(scratch->data_ptr()) : nullptr;
+  STD_CUDA_CHECK(launch_scan(s, plan, maps, current_stream(v)));
 }
 
 }  // namespace klq::cuda
