@@ -39,6 +39,7 @@ struct ScanPlan {
   int lanes = 0;        // lanes a row, or
   int warps = 0;        // warps a block, a block a row, or
   int64_t span = 0;     // tokens a block, flat
+  int parts = 0;        // spans a row; 0: packed
   int64_t blocks = 0;   // all of them
   int64_t scratch = 0;  // doubles of scratch, all written before they are read
 };

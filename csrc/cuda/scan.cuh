@@ -231,6 +231,12 @@ __host__ __device__ inline int chunks_of(int64_t length, int threads) {
   return int((length + (length % kLaneTokens ? kLaneTokens - 1 : 0) + size - 1) / size);
 }
 
+// Chunks that cover [begin, end), for groups of whole warps.
+__device__ inline int chunks_between(int64_t begin, int64_t end, int threads) {
+  const int64_t size = int64_t(threads) * kLaneTokens;
+  return int(((end + kLaneTokens - 1) / kLaneTokens * kLaneTokens - begin + size - 1) / size);
+}
+
 // A lane's tokens, ready for the recursion.
 struct Lane {
   float q[kLaneTokens], u[kLaneTokens], v[kLaneTokens], c[kLaneTokens], seed[kLaneTokens];
