@@ -195,11 +195,14 @@ def per_sequence(op: str, name: str, x, shape: torch.Size, cu_seqlens: Tensor | 
         )
 
 
-def _alike(tensors, shape: torch.Size, device: torch.device) -> torch.dtype | None:
-    """Dtype of results; None unless all are floating, of this shape and on this device."""
+def _alike(tensors, shape: torch.Size, device: torch.device, index: int) -> torch.dtype | None:
+    """Dtype of results; None unless all are floating, of this shape and on this device, whose index
+    says enough where there is one."""
     made = torch.float32
     for x in tensors:
-        if not isinstance(x, Tensor) or x.shape != shape or x.device != device:
+        if not isinstance(x, Tensor) or x.shape != shape:
+            return None
+        if x.get_device() != index or (index < 0 and x.device != device):
             return None
         if x.dtype is not torch.float32:
             if x.dtype not in FLOATS:
@@ -226,8 +229,9 @@ def scan(
     shape, device = values.shape, values.device
     sequences(op, cu_seqlens, shape)
     per = shape[:-1] if cu_seqlens is None else torch.Size((cu_seqlens.shape[0] - 1,))
-    made = _alike(tokens.values(), shape, device)
-    made_rows = _alike(per_sequence_.values(), per, device)
+    index = values.get_device()
+    made = _alike(tokens.values(), shape, device, index)
+    made_rows = _alike(per_sequence_.values(), per, device, index)
     plain_mask = mask_ is None or (
         isinstance(mask_, Tensor)
         and (mask_.dtype is torch.bool and mask_.shape == shape and mask_.device == device)
