@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reverse scan of eq. (7) in its W form, W_t = V_t + c_t A_t and A_t = (r_t - Q_t) + gamma W_next,
-// over one range of tokens by one group of threads: part of a warp, a warp, a block, or a cluster
-// of blocks.
+// over one range of tokens by one group of threads: part of a warp, a warp, or a block.
 //
 // A lane holds four neighbouring tokens (one 16-byte load an input), runs them right to left in
 // float32, and describes them to the others as an affine map W = d + f W_next in double, which
@@ -252,7 +251,7 @@ struct Lane {
   }
 };
 
-// What a scan begins with: the trace decay, the W of what follows its tokens.
+// What a scan begins with: the trace decay, and the W of what follows its tokens.
 struct Start {
   double lam, carry;
   Cursor cursor;  // where to look for sequences from; kEnds only
@@ -336,7 +335,11 @@ __device__ ScanMap scan_range(const ScanArgs& s, const Members& group, int64_t b
   return whole;
 }
 
-// One sequence, from its bootstrap, by one group.
+// The sequence [begin, end), from its bootstrap, by one group. Other kernels may call it for what
+// they wrote themselves, once that is visible: inputs are never read through the read-only path.
+//   __shared__ ScanMap maps[2][8];
+//   const Group<8> block{256, int(threadIdx.x), maps};
+//   scan_sequence<false>(s, block, sequence, begin, end, chunks_between(begin, end, 256));
 template <bool kPlain, class Members>
 __device__ void scan_sequence(const ScanArgs& s, const Members& group, int64_t sequence,
                               int64_t begin, int64_t end, int chunks) {
