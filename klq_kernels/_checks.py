@@ -105,6 +105,8 @@ def per_token(op: str, name: str, x: Tensor, shape: torch.Size, like: str) -> No
 
 
 def number(op: str, name: str, x, low: float, high: float, *, open_low: bool = False) -> float:
+    if type(x) is float and low < x <= high and x != math.inf:
+        return x
     if not isinstance(x, (int, float)) and isinstance(x, numbers.Real):
         x = float(x)  # NumPy's scalars
     if isinstance(x, bool) or not isinstance(x, (int, float)):
@@ -191,6 +193,59 @@ def per_sequence(op: str, name: str, x, shape: torch.Size, cu_seqlens: Tensor | 
         raise ValueError(
             f"{op}: {name} must have one value a sequence, {list(expected)}, got {shape_of(x)}"
         )
+
+
+def _alike(tensors, shape: torch.Size, device: torch.device, index: int) -> torch.dtype | None:
+    """Dtype of results; None unless all are floating, of this shape and on this device, whose index
+    says enough where there is one."""
+    made = torch.float32
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.shape != shape:
+            return None
+        if x.get_device() != index or (index < 0 and x.device != device):
+            return None
+        if x.dtype is not torch.float32:
+            if x.dtype not in FLOATS:
+                return None
+            made = torch.float64 if x.dtype is torch.float64 else made
+    return made
+
+
+def scan(
+    op: str,
+    tokens: dict[str, Tensor],
+    mask_: Tensor | None,
+    cu_seqlens: Tensor | None,
+    per_sequence_: dict[str, Tensor],
+) -> tuple[Tensor | None, torch.dtype]:
+    """What the scans check: per-token inputs, `values` among them, and per-sequence inputs. Returns
+    `mask` as bool and the dtype of results.
+
+    A launch takes less time than careful checks would: all is compared in one cheap pass, and only
+    a call that fails it is looked at argument by argument.
+    """
+    values = tokens["values"]
+    floating(op, "values", values)
+    shape, device = values.shape, values.device
+    sequences(op, cu_seqlens, shape)
+    per = shape[:-1] if cu_seqlens is None else torch.Size((cu_seqlens.shape[0] - 1,))
+    index = values.get_device()
+    made = _alike(tokens.values(), shape, device, index)
+    made_rows = _alike(per_sequence_.values(), per, device, index)
+    plain_mask = mask_ is None or (
+        isinstance(mask_, Tensor)
+        and (mask_.dtype is torch.bool and mask_.shape == shape and mask_.device == device)
+    )
+    there = cu_seqlens is None or cu_seqlens.device == device
+    if made is not None and made_rows is not None and plain_mask and there:
+        return mask_, made if made_rows is torch.float32 else made_rows
+    for name, x in tokens.items():
+        per_token(op, name, x, shape, "values")
+    use = mask(op, mask_, shape, "values")
+    for name, x in per_sequence_.items():
+        per_sequence(op, name, x, shape, cu_seqlens)
+    same_device(op, device, **tokens, mask=mask_, cu_seqlens=cu_seqlens, **per_sequence_)
+    return use, wide(*tokens.values(), *per_sequence_.values())
 
 
 def rows(

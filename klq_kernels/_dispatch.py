@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_token_logprobs": {"cpp": _CPU},
     "linear_token_stats": {"cpp": _CPU},
     "linear_klq_loss": {"cpp": _CPU},
-    "place_scores": {"cpp": _CPU},
+    "place_scores": {"cpp": _CPU, "cuda": _GPU},
 }
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
@@ -75,6 +75,10 @@ def use_backend(backend: str):
         _override = previous
 
 
+# os.environ.get takes 0.5 us for a name that is not set, a scan's launch 2
+_ENVIRONMENT, _ENVIRONMENT_KEY = os.environ._data, os.environ.encodekey("KLQ_BACKEND")
+_chosen: dict[tuple, str] = {}  # what `resolve` found best, by its arguments
+
 _NO_FLOAT64 = ("triton", "cuda")  # float64 exists for oracles: reference and cpp have it
 
 
@@ -91,15 +95,25 @@ def resolve(
         RuntimeError: the requested backend has no kernel for this op, device and dtype, with the
             remedy.
     """
-    requested = backend or _override or os.environ.get("KLQ_BACKEND") or None
+    requested = (
+        backend
+        or _override
+        or (_ENVIRONMENT_KEY in _ENVIRONMENT and os.environ["KLQ_BACKEND"])
+        or None
+    )
     kernels = TABLE[op]
     if requested is None:
+        # the choice below costs some calls more than their launch; a key is never chosen otherwise
+        choice = _chosen.get(key := (op, device.type, dtype))
+        if choice is not None:
+            return choice
         for candidate in _PREFERENCE.get(device.type, ("reference",)):
             if candidate == "reference" or (
                 device.type in kernels.get(candidate, ())
                 and not (dtype == torch.float64 and candidate in _NO_FLOAT64)
                 and _missing(candidate) is None
             ):
+                _chosen[key] = candidate
                 return candidate
     _known(requested, op)
     if requested == "reference":

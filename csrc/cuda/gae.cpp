@@ -8,8 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, double lam,
                                MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor bootstrap) {
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
-  const bool packed = cu_seqlens.has_value();
-  Tensor a = scan_output(values, packed), g = scan_output(values, packed);
+  Tensor a = new_floats(values), g = new_floats(values);
   run_scan("gae",
            {std::nullopt, values, rewards, std::nullopt, mask, cu_seqlens, bootstrap, std::nullopt,
             0.0, gamma, lam, 1.0},

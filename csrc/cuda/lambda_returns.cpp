@@ -10,9 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor valu
                                                   MaybeTensor mask, MaybeTensor cu_seqlens,
                                                   MaybeTensor bootstrap, MaybeTensor trace) {
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
-  const bool packed = cu_seqlens.has_value();
-  Tensor q = scan_output(values, packed), a = scan_output(values, packed),
-         g = scan_output(values, packed);
+  Tensor q = new_floats(values), a = new_floats(values), g = new_floats(values);
   run_scan("lambda_returns",
            {log_ratios, values, rewards, lam_rows, mask, cu_seqlens, bootstrap, trace, tau, gamma,
             lam, alpha},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Torch-free launcher of the reverse scan; shared by lambda_returns and gae.
+// Torch-free launchers of the reverse scan (lambda_returns, gae) and of place_scores.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -7,17 +7,49 @@
 
 namespace klq::cuda {
 
-struct ScanArgs {
-  const float *log_ratios, *values, *rewards;  // log_ratios null: Q = V (GAE)
-  const float *trace, *lam_rows, *bootstrap;   // null: lam, lam, 0
-  const bool* mask;                            // null: all active
-  const int64_t* cu_seqlens;                   // null: padded rows of `length` tokens
-  int64_t sequences, length, tokens;
-  double tau, gamma, lam, alpha;
-  float *q, *advantages, *returns;  // q null: not wanted
+enum class Real : int32_t { f32, bf16, f16 };
+
+// A floating input, contiguous; null data: absent.
+struct Reals {
+  const void* data = nullptr;
+  Real type = Real::f32;
+  bool vector = false;  // four tokens may be read as one: the pointer is aligned for it
 };
 
-// Enqueues on `stream`; returns the launch's error code. Nothing to do is no launch.
-cudaError_t scan(const ScanArgs& args, cudaStream_t stream);
+// Which tokens form a sequence: rows of `length`, or cu_seqlens [count + 1] where that is given.
+struct Sequences {
+  const void* ends = nullptr;
+  bool wide_ends = false;  // int64, not int32
+  int64_t count = 0, length = 0, tokens = 0;
+};
+
+struct ScanArgs {
+  Sequences seqs;
+  Reals log_ratios, values, rewards;  // no log_ratios: Q = V (GAE)
+  Reals trace, lam_rows, bootstrap;   // absent: lam, lam, 0
+  const uint8_t* mask = nullptr;      // null: all active
+  bool mask_vector = false;
+  double tau = 0, gamma = 1, lam = 1, alpha = 1;
+  float *q = nullptr, *advantages = nullptr, *returns = nullptr;  // q null: not wanted
+  bool outputs_vector = true;  // all are aligned for four at a time
+};
+
+// How a scan is laid out, from shapes and the kind of device.
+struct ScanPlan {
+  int lanes = 0;        // lanes a row, or
+  int warps = 0;        // warps a block, a block a row, or
+  int64_t span = 0;     // tokens a block, flat
+  int parts = 0;        // spans a row; 0: packed
+  int64_t blocks = 0;   // all of them
+  int64_t scratch = 0;  // doubles of scratch, all written before they are read
+};
+ScanPlan plan_scan(const Sequences& seqs);
+
+// Enqueue on `stream`; return the launch's error code. Nothing to do is no launch.
+cudaError_t launch_scan(const ScanArgs& args, const ScanPlan& plan, double* scratch,
+                        cudaStream_t stream);
+// Fills all of `rewards`.
+cudaError_t launch_place_scores(const Sequences& seqs, const Reals& scores, const uint8_t* mask,
+                                float* rewards, cudaStream_t stream);
 
 }  // namespace klq::cuda

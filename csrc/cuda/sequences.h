@@ -1,10 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inputs and outputs of the reverse scan on the device, shared by lambda_returns and gae.
+// Inputs and outputs of the reverse scan on the device, shared by lambda_returns, gae and
+// place_scores.
 #pragma once
 #include "cuda/glue.h"
 #include "cuda/lambda_returns.h"
 
 namespace klq::cuda {
+
+struct RealInput : Input {
+  Reals reals;
+
+  RealInput(const char* op, const char* name, const MaybeTensor& x, const Tensor& like,
+            int64_t count)
+      : Input(op, name, x, like, count) {
+    if (!x) return;
+    const ScalarType type = x->scalar_type();
+    KLQ_CHECK(op,
+              type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+              name, " must be float32, bfloat16 or float16 on CUDA");
+    reals.data = data();
+    reals.type = type == ScalarType::Float      ? Real::f32
+                 : type == ScalarType::BFloat16 ? Real::bf16
+                                                : Real::f16;
+    reals.vector = aligned(reals.type == Real::f32 ? 16 : 8);
+  }
+};
+
+struct MaskInput : Input {
+  MaskInput(const char* op, const MaybeTensor& x, const Tensor& like, int64_t count)
+      : Input(op, "mask", x, like, count) {
+    KLQ_CHECK(op, !x || x->scalar_type() == ScalarType::Bool, "mask must be bool");
+  }
+  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data()); }
+};
+
+struct SequencesInput : Input {
+  Sequences seqs;
+
+  SequencesInput(const char* op, const Tensor& tokens, const MaybeTensor& cu_seqlens)
+      : Input(op, "cu_seqlens", cu_seqlens, tokens, -1) {
+    seqs.tokens = tokens.numel();
+    if (cu_seqlens) {
+      const ScalarType type = cu_seqlens->scalar_type();
+      KLQ_CHECK(op, tokens.dim() == 1 && cu_seqlens->numel() >= 1,
+                "cu_seqlens goes with packed [N] inputs");
+      KLQ_CHECK(op, type == ScalarType::Int || type == ScalarType::Long,
+                "cu_seqlens must be int32 or int64");
+      seqs.ends = data();
+      seqs.wide_ends = type == ScalarType::Long;
+      seqs.count = cu_seqlens->numel() - 1;
+    } else {
+      KLQ_CHECK(op, tokens.dim() >= 1, "expected [..., T]");
+      seqs.length = tokens.size(tokens.dim() - 1);
+      seqs.count = seqs.length ? seqs.tokens / seqs.length : 0;
+    }
+  }
+  // elements a per-sequence input must have; -1 (any) for rows of no tokens
+  int64_t per_sequence() const { return seqs.ends || seqs.length ? seqs.count : -1; }
+};
 
 struct ScanInputs {
   MaybeTensor log_ratios;
@@ -17,44 +70,26 @@ struct ScanInputs {
 inline void run_scan(const char* op, const ScanInputs& in, Tensor* q, Tensor& advantages,
                      Tensor& returns) {
   const Tensor& v = in.values;
-  for (const MaybeTensor& x : {in.log_ratios, MaybeTensor(v), MaybeTensor(in.rewards), in.lam_rows,
-                               in.bootstrap, in.trace})
-    KLQ_CHECK(op, !x || x->scalar_type() != ScalarType::Double, "there is no float64 on CUDA");
-  const int64_t n = v.numel();
-  ScanArgs s{};
-  s.tokens = n;
-  if (in.cu_seqlens) {
-    KLQ_CHECK(op, v.dim() == 1 && in.cu_seqlens->numel() >= 1,
-              "cu_seqlens goes with packed [N] inputs");
-    s.sequences = in.cu_seqlens->numel() - 1;
-  } else {
-    KLQ_CHECK(op, v.dim() >= 1, "expected [..., T]");
-    s.length = v.size(v.dim() - 1);
-    s.sequences = s.length ? n / s.length : 0;
-  }
-  const bool rowwise = in.cu_seqlens.has_value() || s.length;
-  const int64_t per_sequence = rowwise ? s.sequences : -1;
-  const auto f32 = ScalarType::Float;
-  const Array<float> rho(op, "log_ratios", in.log_ratios, f32, v, n);
-  const Array<float> value(op, "values", v, f32, v, n);
-  const Array<float> reward(op, "rewards", in.rewards, f32, v, n);
-  const Array<float> trace(op, "trace", in.trace, f32, v, n);
-  const Array<float> lams(op, "lam", in.lam_rows, f32, v, per_sequence);
-  const Array<float> boot(op, "bootstrap", in.bootstrap, f32, v, per_sequence);
-  const Array<bool> mask(op, "mask", in.mask, ScalarType::Bool, v, n);
-  const Array<int64_t> ends(op, "cu_seqlens", in.cu_seqlens, ScalarType::Long, v, -1);
-  s.log_ratios = rho.data, s.values = value.data, s.rewards = reward.data;
-  s.trace = trace.data, s.lam_rows = lams.data, s.bootstrap = boot.data;
-  s.mask = mask.data, s.cu_seqlens = ends.data;
+  const SequencesInput seqs(op, v, in.cu_seqlens);
+  const int64_t n = seqs.seqs.tokens, rows = seqs.per_sequence();
+  const RealInput rho(op, "log_ratios", in.log_ratios, v, n), value(op, "values", v, v, n),
+      reward(op, "rewards", in.rewards, v, n), trace(op, "trace", in.trace, v, n),
+      lam(op, "lam", in.lam_rows, v, rows), boot(op, "bootstrap", in.bootstrap, v, rows);
+  const MaskInput mask(op, in.mask, v, n);
+  ScanArgs s;
+  s.seqs = seqs.seqs;
+  s.log_ratios = rho.reals, s.values = value.reals, s.rewards = reward.reals;
+  s.trace = trace.reals, s.lam_rows = lam.reals, s.bootstrap = boot.reals;
+  s.mask = mask.bytes(), s.mask_vector = mask.aligned(4);
   s.tau = in.tau, s.gamma = in.gamma, s.lam = in.lam, s.alpha = in.alpha;
   s.q = q ? floats(*q) : nullptr, s.advantages = floats(advantages), s.returns = floats(returns);
-  STD_CUDA_CHECK(scan(s, current_stream(v)));
-}
-
-// Tokens that belong to no sequence are never visited, so packed outputs start at 0.
-inline Tensor scan_output(const Tensor& like, bool packed) {
-  return packed ? torch::stable::new_zeros(like, like.sizes(), ScalarType::Float)
-                : torch::stable::new_empty(like, like.sizes(), ScalarType::Float);
+  for (const float* out : {s.q, s.advantages, s.returns})
+    s.outputs_vector = s.outputs_vector && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  const ScanPlan plan = plan_scan(s.seqs);
+  MaybeTensor scratch;
+  if (plan.scratch) scratch = new_on_device(v, {&plan.scratch, 1}, aoti_torch_dtype_float64());
+  double* maps = scratch ? static_cast<double*>(scratch->data_ptr()) : nullptr;
+  STD_CUDA_CHECK(launch_scan(s, plan, maps, current_stream(v)));
 }
 
 }  // namespace klq::cuda

@@ -5,14 +5,15 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
+from klq_kernels._autograd import no_grad_op
 from klq_kernels._dispatch import resolve
 from klq_kernels._results import GAE
 from klq_kernels.gae import reference
 
 OP = "gae"
+_gae = no_grad_op(OP)
 
 
-@torch.no_grad()
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -41,18 +42,11 @@ def gae(
 
     Source: Schulman et al., arXiv 1506.02438, eq. (16).
     """
-    check.floating(OP, "values", values)
-    shape = values.shape
-    check.sequences(OP, cu_seqlens, shape)
-    check.per_token(OP, "rewards", rewards, shape, "values")
-    use = check.mask(OP, mask, shape, "values")
+    per_sequence = {} if bootstrap is None else {"bootstrap": bootstrap}
+    tokens = {"values": values, "rewards": rewards}
+    use, dtype = check.scan(OP, tokens, mask, cu_seqlens, per_sequence)
     gamma = check.number(OP, "gamma", gamma, 0.0, 1.0)
     lam = check.number(OP, "lam", lam, 0.0, 1.0)
-    check.per_sequence(OP, "bootstrap", bootstrap, shape, cu_seqlens)
-    check.same_device(
-        OP, values.device, rewards=rewards, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap
-    )
-    dtype = check.wide(rewards, values, bootstrap)
     if resolve(OP, values.device, dtype, backend) == "reference":
         return reference.gae(
             rewards,
@@ -63,7 +57,7 @@ def gae(
             cu_seqlens=cu_seqlens,
             bootstrap=bootstrap,
         )
-    return GAE(*torch.ops.klq.gae.default(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
+    return GAE(*_gae(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
 
 
 @torch.library.register_fake("klq::gae")

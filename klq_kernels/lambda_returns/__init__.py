@@ -5,14 +5,15 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
+from klq_kernels._autograd import no_grad_op
 from klq_kernels._dispatch import resolve
 from klq_kernels._results import LambdaReturns
 from klq_kernels.lambda_returns import reference
 
 OP = "lambda_returns"
+_lambda_returns = no_grad_op(OP)
 
 
-@torch.no_grad()
 def lambda_returns(
     log_ratios: Tensor,
     values: Tensor,
@@ -67,32 +68,18 @@ def lambda_returns(
 
     Source: eqs. (7), (13), (14), arXiv 2508.17000.
     """
-    check.floating(OP, "values", values)
-    shape = values.shape
-    check.sequences(OP, cu_seqlens, shape)
-    check.per_token(OP, "log_ratios", log_ratios, shape, "values")
-    check.per_token(OP, "rewards", rewards, shape, "values")
-    use = check.mask(OP, mask, shape, "values")
-    tau, gamma = check.tau(OP, tau), check.number(OP, "gamma", gamma, 0.0, 1.0)
-    alpha = check.number(OP, "alpha", alpha, 0.0, 1.0, open_low=True)
-    check.per_sequence(OP, "bootstrap", bootstrap, shape, cu_seqlens)
+    tokens = {"values": values, "log_ratios": log_ratios, "rewards": rewards}
     if trace is not None:
         if lam is not None:
             raise ValueError(f"{OP}: lam and trace exclude each other; trace replaces lam")
-        check.per_token(OP, "trace", trace, shape, "values")
-    lam, lam_rows = check.trace_decay(OP, lam, shape, cu_seqlens)
-    check.same_device(
-        OP,
-        values.device,
-        log_ratios=log_ratios,
-        rewards=rewards,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        bootstrap=bootstrap,
-        trace=trace,
-        lam=lam_rows,
-    )
-    dtype = check.wide(log_ratios, values, rewards, lam_rows, bootstrap, trace)
+        tokens["trace"] = trace
+    per_sequence = {} if bootstrap is None else {"bootstrap": bootstrap}
+    if isinstance(lam, Tensor):
+        per_sequence["lam"] = lam
+    use, dtype = check.scan(OP, tokens, mask, cu_seqlens, per_sequence)
+    tau, gamma = check.tau(OP, tau), check.number(OP, "gamma", gamma, 0.0, 1.0)
+    alpha = check.number(OP, "alpha", alpha, 0.0, 1.0, open_low=True)
+    lam, lam_rows = check.trace_decay(OP, lam, values.shape, cu_seqlens)
     if resolve(OP, values.device, dtype, backend) == "reference":
         return reference.lambda_returns(
             log_ratios,
@@ -108,7 +95,7 @@ def lambda_returns(
             trace=trace,
         )
     return LambdaReturns(
-        *torch.ops.klq.lambda_returns.default(
+        *_lambda_returns(
             log_ratios,
             values,
             rewards,

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
+from klq_kernels._autograd import no_grad_op
 from klq_kernels._dispatch import resolve
 from klq_kernels.place_scores import reference
 
 OP = "place_scores"
+_place_scores = no_grad_op(OP)
 
 
-@torch.no_grad()
 def place_scores(
     scores: Tensor,
     mask: Tensor,
@@ -44,7 +45,7 @@ def place_scores(
     check.same_device(OP, mask.device, scores=scores, cu_seqlens=cu_seqlens)
     if resolve(OP, mask.device, check.wide(scores), backend) == "reference":
         return reference.place_scores(scores, use, cu_seqlens=cu_seqlens)
-    return torch.ops.klq.place_scores.default(scores, use, cu_seqlens)
+    return _place_scores(scores, use, cu_seqlens)
 
 
 @torch.library.register_fake("klq::place_scores")

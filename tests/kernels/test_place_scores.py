@@ -45,3 +45,22 @@ def test_the_return_of_a_scored_sequence(device, backend):
     zero = torch.zeros_like(r)
     out = lambda_returns(zero, zero, r, tau=0.1, lam=1.0, mask=mask, backend="reference")
     assert torch.equal(out.returns, 5.0 * mask * torch.tensor([[1.0], [0.0]], device=device))
+
+
+@places
+@pytest.mark.parametrize("length", [1, 2, 31, 511, 512, 513, 1024, 5000])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_masked_tails(device, backend, length, packed):
+    """On both sides of what a warp looks at in one step; the last active token far from the end."""
+    last = torch.tensor([length - 1, 0, -1, length // 2, max(0, length - 513)])
+    mask = torch.arange(length) == last[:, None]
+    mask |= (torch.arange(length) < last[:, None]) & (torch.rand(5, length) < 0.1)
+    want = torch.zeros(5, length)
+    rows = last >= 0
+    want[rows, last[rows]] = torch.arange(1.0, 6.0)[rows]
+    ends = torch.arange(6) * length
+    args = {"cu_seqlens": ends.to(device)} if packed else {}
+    mask = mask.reshape(-1) if packed else mask
+    scores = torch.arange(1.0, 6.0, device=device).bfloat16()
+    got = place_scores(scores, mask.to(device), **args, backend=backend)
+    assert torch.equal(got.cpu(), want.reshape(-1) if packed else want)
