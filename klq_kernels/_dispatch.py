@@ -24,7 +24,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "boltzmann_values": {"cpp": _CPU, "cuda": _GPU},
     "lambda_returns": {"cpp": _CPU, "cuda": _GPU},
     "gae": {"cpp": _CPU, "cuda": _GPU},
-    "klq_targets": {"cpp": _CPU},
+    "klq_targets": {"cpp": _CPU, "cuda": _GPU},
     "klq_loss": {"cpp": _CPU, "cuda": _GPU},
     "linear_token_logprobs": {"cpp": _CPU},
     "linear_token_stats": {"cpp": _CPU},
@@ -75,8 +75,6 @@ def use_backend(backend: str):
         _override = previous
 
 
-# os.environ.get takes 0.5 us for a name that is not set, a scan's launch 2
-_ENVIRONMENT, _ENVIRONMENT_KEY = os.environ._data, os.environ.encodekey("KLQ_BACKEND")
 _chosen: dict[tuple, str] = {}  # what `resolve` found best, by its arguments
 
 _NO_FLOAT64 = ("triton", "cuda")  # float64 exists for oracles: reference and cpp have it
@@ -95,12 +93,7 @@ def resolve(
         RuntimeError: the requested backend has no kernel for this op, device and dtype, with the
             remedy.
     """
-    requested = (
-        backend
-        or _override
-        or (_ENVIRONMENT_KEY in _ENVIRONMENT and os.environ["KLQ_BACKEND"])
-        or None
-    )
+    requested = backend or _override or os.environ.get("KLQ_BACKEND") or None
     kernels = TABLE[op]
     if requested is None:
         # the choice below costs some calls more than their launch; a key is never chosen otherwise

@@ -40,10 +40,10 @@ struct Reference {
 };
 
 template <class Reader, bool CAPPED, int LANES>
-__global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
     boltzmann_values_kernel(const Rows rows, const Rows refs, const Scale scale, const Scale one,
                             float tau, float* values) {
-  Group<LANES> group;
+  RowGroup<LANES> group;
   for (int64_t r = group.first; r < rows.count; r += group.step) {
     const Reader in(rows, &refs, nullptr, r);
     const auto b = sum_row<false, false, CAPPED>(Reference<Reader>{in}, -1, -infinity(),
@@ -72,7 +72,7 @@ cudaError_t boltzmann_rows(const Rows& q, const Rows& ref, Scaling scaling, floa
     using Reader = typename decltype(reader)::type;
     auto kernel = scaling.softcap > 0 ? boltzmann_values_kernel<Reader, true, lanes.value>
                                       : boltzmann_values_kernel<Reader, false, lanes.value>;
-    kernel<<<stream_grid<lanes.value>(q, device), Group<lanes.value>::kThreads, 0, stream>>>(
+    kernel<<<stream_grid<lanes.value>(q, device), RowGroup<lanes.value>::kThreads, 0, stream>>>(
         q, ref, scale, one, tau, values);
     return cudaGetLastError();
   });

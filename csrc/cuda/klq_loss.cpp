@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> klq_loss(
   const char* op = "klq_loss";
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Rows rows = rows_of(op, logits);
-  Tensor dlogits =
-      need_grad ? new_empty(logits, logits.sizes()) : new_vector(logits, 0, logits.scalar_type());
+  const int64_t none = 0;
+  Tensor dlogits = need_grad ? new_like(logits, logits.sizes()) : new_like(logits, {&none, 1});
   const Rows gradient = need_grad ? rows_of(op, dlogits) : Rows{};
   Loss out = run(op, logits, rows, need_grad ? &gradient : nullptr, actions, values, ref_logprobs,
                  returns, tau, mask, weights, normalizer, {temperature, softcap});

@@ -7,7 +7,7 @@ namespace {
 
 template <bool GRAD>
 struct KLQLoss {
-  static constexpr bool kGrad = GRAD, kRef = false, kMoments = false;
+  static constexpr bool kGrad = GRAD, kRef = false, kMoments = false, kHeavy = false;
   KLQLossArgs a;
   const int32_t* active;
   int64_t count;
@@ -23,7 +23,7 @@ struct KLQLoss {
             a.normalizer ? *a.normalizer : tokens};
   }
   __device__ float finish(const RowInfo<KLQLoss>& info, const Sums<false, false>&,
-                          const RowSum& row, const Scale&, bool writer) const {
+                          const RowSum& row, const Scale&, int who) const {
     const Inputs& in = info.inputs;
     const double logprob = info.action >= 0 ? row.logprob : double(not_a_number());
     const double residual = a.tau * (logprob - in.ref_logprob) + in.value - in.target;
@@ -39,7 +39,7 @@ struct KLQLoss {
         undo = ldexpf(1.0f, -shift);
       }
     }
-    if (writer) {
+    if (who == 0) {
       const int64_t r = info.index;
       a.logprobs[r] = float(logprob), a.residuals[r] = float(residual);
       if (a.dvalues) a.dvalues[r] = float(dq);
@@ -48,6 +48,7 @@ struct KLQLoss {
     return coefficient;
   }
   __device__ void inactive(int64_t r) const {
+    if (r < 0) return;
     a.logprobs[r] = a.residuals[r] = 0.0f;
     if (a.dvalues) a.dvalues[r] = 0.0f;
     if (a.unscale) a.unscale[r] = 1.0f;

@@ -9,7 +9,10 @@ namespace {
 constexpr int kThreads = 256, kEach = 8;
 
 __global__ void __launch_bounds__(kThreads)
-    list_rows_kernel(const bool* mask, int64_t count, int32_t* counters, int32_t* list) {
+    list_rows_kernel(const Activity a, int64_t count, int32_t* counters, int32_t* list) {
+  int64_t end = count;
+  if (a.last)
+    end = a.wide_last ? *static_cast<const int64_t*>(a.last) : *static_cast<const int32_t*>(a.last);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t begin = int64_t(blockIdx.x) * (kThreads * kEach) + warp * (32 * kEach);
   uint32_t votes[kEach];
@@ -17,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const int64_t r = begin + k * 32 + lane;
-    votes[k] = __ballot_sync(~0u, r < count && mask[r]);
+    votes[k] = __ballot_sync(~0u, r < count && r < end && (!a.mask || a.mask[r]));
     active += __popc(votes[k]);
     there += __popc(__ballot_sync(~0u, r < count));
   }
@@ -45,13 +48,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t list_rows(const bool* mask, int64_t count, int32_t* scratch, ActiveRows* out,
+cudaError_t list_rows(const Activity& activity, int64_t count, int32_t* scratch, ActiveRows* out,
                       cudaStream_t stream) {
   if (cudaError_t e = cudaMemsetAsync(scratch, 0, 2 * sizeof(int32_t), stream)) return e;
   *out = {scratch + 2, scratch};
   if (count == 0) return cudaSuccess;
   const int64_t blocks = (count + kThreads * kEach - 1) / (kThreads * kEach);
-  list_rows_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(mask, count, scratch, scratch + 2);
+  list_rows_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(activity, count, scratch,
+                                                              scratch + 2);
   return cudaGetLastError();
 }
 

@@ -7,11 +7,11 @@ namespace klq::cuda {
 namespace {
 
 template <class Reader, bool CAPPED, int LANES>
-__global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
     q_values_kernel(const Rows rows, const Rows refs, const Scale scale, float tau,
                     const float* values, float* q) {
   constexpr int kWidth = Reader::kWidth;
-  Group<LANES> group;
+  RowGroup<LANES> group;
   for (int64_t r = group.first; r < rows.count; r += group.step) {
     const Reader in(rows, &refs, nullptr, r);
     const auto sum = sum_row<true, false, CAPPED>(in, -1, -infinity(), -infinity(), scale, group);
@@ -59,7 +59,7 @@ cudaError_t q_value_rows(const Rows& rows, const Rows& ref, Scaling scaling, flo
     using Reader = typename decltype(reader)::type;
     auto kernel = scaling.softcap > 0 ? q_values_kernel<Reader, true, lanes.value>
                                       : q_values_kernel<Reader, false, lanes.value>;
-    kernel<<<stream_grid<lanes.value>(rows, device), Group<lanes.value>::kThreads, 0, stream>>>(
+    kernel<<<stream_grid<lanes.value>(rows, device), RowGroup<lanes.value>::kThreads, 0, stream>>>(
         rows, ref, scale, tau, values, q);
     return cudaGetLastError();
   });

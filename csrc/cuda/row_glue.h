@@ -7,8 +7,6 @@
 
 namespace klq::cuda {
 
-using torch::stable::new_empty;
-
 inline Rows rows_of(const char* op, const Tensor& x) {
   const RowLayout l = row_layout(op, x);
   Rows r;
@@ -41,12 +39,29 @@ inline Rows rows_like(const char* op, const Tensor& x, const Rows& like) {
   return r;
 }
 
+// A small input as an array of T: converted where it is of another type.
+template <class T>
+struct Array : Input {
+  const T* data;
+
+  Array(const char* op, const char* name, const MaybeTensor& x, ScalarType dtype,
+        const Tensor& like, int64_t count)
+      : Input(op, name, x, like, count) {
+    if (tensor && tensor->scalar_type() != dtype) tensor = torch::stable::to(*tensor, dtype);
+    data = static_cast<const T*>(Input::data());
+  }
+};
+
 inline Tensor new_floats(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-  return new_empty(like, shape, ScalarType::Float);
+  return new_on_device(like, shape, aoti_torch_dtype_float32());
 }
-inline Tensor new_vector(const Tensor& like, int64_t count, ScalarType dtype = ScalarType::Float) {
-  const int64_t shape[1] = {count};
-  return new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape, 1), dtype);
+inline Tensor new_vector(const Tensor& like, int64_t count) {
+  return new_floats(like, {&count, 1});
+}
+inline Tensor new_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return new_on_device(like, shape, dtype);
 }
 // [k, *actions.shape]
 inline Tensor new_stacked(const Tensor& logits, int64_t k, const Tensor& actions) {
@@ -55,19 +70,22 @@ inline Tensor new_stacked(const Tensor& logits, int64_t k, const Tensor& actions
   return new_floats(logits, shape);
 }
 
-// A mask on its way to the kernels; keeps the list's memory alive until they are enqueued.
+// A mask, and the end of packed sequences, on their way to the kernels; keeps the list's memory
+// alive until they are enqueued.
 struct Mask {
   Array<bool> bits;
   MaybeTensor scratch;
   ActiveRows rows;
 
   Mask(const char* op, const MaybeTensor& mask, const Tensor& like, int64_t count,
-       cudaStream_t stream)
+       cudaStream_t stream, const void* last = nullptr, bool wide_last = false)
       : bits(op, "mask", mask, ScalarType::Bool, like, count) {
-    if (!bits.data) return;
-    scratch = new_vector(like, count + 2, ScalarType::Int);
+    const Activity activity{bits.data, last, wide_last};
+    if (!activity) return;
+    const int64_t size = count + 2;
+    scratch = new_on_device(like, {&size, 1}, aoti_torch_dtype_int32());
     STD_CUDA_CHECK(
-        list_rows(bits.data, count, static_cast<int32_t*>(scratch->data_ptr()), &rows, stream));
+        list_rows(activity, count, static_cast<int32_t*>(scratch->data_ptr()), &rows, stream));
   }
 };
 

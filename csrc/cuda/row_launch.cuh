@@ -113,7 +113,7 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
 
 template <int LANES>
 unsigned stream_grid(const Rows& rows, const Device& device) {
-  using G = Group<LANES>;
+  using G = RowGroup<LANES>;
   const int64_t blocks = (rows.count + G::kTogether - 1) / G::kTogether;
   return unsigned(std::min<int64_t>(blocks, int64_t(device.sms) * (2048 / G::kThreads)));
 }
@@ -122,7 +122,7 @@ template <class Reader, bool CAPPED, class Op, int LANES>
 cudaError_t launch_stream(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
                           cudaStream_t stream) {
   const unsigned grid = stream_grid<LANES>(set.rows, device);
-  row_stream_kernel<Reader, CAPPED, Op, LANES><<<grid, Group<LANES>::kThreads, 0, stream>>>(
+  row_stream_kernel<Reader, CAPPED, Op, LANES><<<grid, RowGroup<LANES>::kThreads, 0, stream>>>(
       set.rows, set.ref ? *set.ref : Rows{}, set.out ? *set.out : Rows{}, set.active, scale, op);
   return cudaGetLastError();
 }
@@ -162,11 +162,12 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
       return launch_ring<T, CAPPED, Op, false, decltype(shape)>(set, scale, op, 1, device, stream,
                                                                 done);
     };
-    // few long rows want few blocks, so that they end together; what has more to keep takes in
-    // fewer elements at a time, or in fewer blocks
-    if (bytes > kLongRow && !CAPPED) return run(RingShape<768, 32, 2, 8, 1>{});
-    if constexpr (CAPPED)
-      return run(RingShape<256, 32, 2, 12, 2>{});
+    // what needs more registers gets fewer threads; few long rows want few blocks, so that they
+    // end together
+    if constexpr (CAPPED || Op::kHeavy)
+      return run(RingShape<320, 32, 2, 10, 2>{});
+    else if (bytes > kLongRow)
+      return run(RingShape<768, 32, 2, 8, 1>{});
     else if constexpr (Op::kRef || Op::kMoments)
       return run(RingShape<256, 32, 2, 8, 3>{});
     else

@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   } else {
     // --- closers
     const int me = thread - Shape::kSum;
-    const bool writer = rank == 0 && me == 0;
+    const int who = rank == 0 ? me : Shape::kThreads;  // 0: the thread that writes for the row
     uint32_t stage = 0, parity = 0;
     int slot = 0;
     for (int64_t i = first; i < active; i += step) {
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if (CLUSTERED && me == 0) barrier_expect(bar, 8 * pairs);  // for the slot's next row
       if (++slot == kSlots) slot = 0, parity ^= 1;
       const RowSum total(sum.max, sum.sum, info.chosen, scale);
-      const float coefficient = op.finish(info, sum, total, scale, writer);
+      const float coefficient = op.finish(info, sum, total, scale, who);
       if constexpr (!kGrad) {
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&closed[(slot + kSlots - 1) % kSlots]));
@@ -364,9 +364,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         }
       }
     }
-    if (active_rows.list && rank == 0)  // inactive rows: what a row leaves behind is 0
-      for (int64_t i = first + me * step; i < rows.count - active; i += Shape::kClose * step)
-        op.inactive(active_rows.list[rows.count - 1 - i]);
+    if (active_rows.list && rank == 0) {  // inactive rows: what a row leaves behind is 0
+      const int64_t rest = rows.count - active;
+      for (int64_t i = first + (me - lane) * step; i < rest; i += Shape::kClose * step) {
+        const int64_t mine = i + lane * step;
+        op.inactive(mine < rest ? active_rows.list[rows.count - 1 - mine] : -1);
+      }
+    }
   }
   if (CLUSTERED) cluster_sync();  // no block leaves while another may still write to it
 #endif

@@ -101,7 +101,7 @@ struct Elements {
 
 // Rows go to groups of LANES threads; blocks hold at least 128.
 template <int LANES>
-struct Group {
+struct RowGroup {
   static constexpr int kWarps = LANES / 32, kThreads = LANES < 128 ? 128 : LANES;
   static constexpr int kTogether = kThreads / LANES;
   static constexpr int kBlocks = 768 / kThreads;  // an SM, so that 80 registers are allowed
@@ -116,10 +116,10 @@ struct Group {
 template <bool REF, bool MOMENTS, bool CAPPED, int LANES, class Reader>
 __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int action, float chosen,
                                                       float ref_chosen, const Scale& scale,
-                                                      Group<LANES>& group) {
+                                                      RowGroup<LANES>& group) {
   using Sum = Sums<REF, MOMENTS>;
   constexpr int kWidth = Reader::kWidth, U = REF || CAPPED ? Reader::kUnroll / 2 : Reader::kUnroll;
-  __shared__ float partial[2][Group<LANES>::kWarps][Sum::kFloats];
+  __shared__ float partial[2][RowGroup<LANES>::kWarps][Sum::kFloats];
   const int units = in.units();
   Sum sum;
   for (int base = group.thread; base < units; base += LANES * U) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int acti
     if (group.lane == 0) sum.store(partial[group.turn][group.warp]);
     __syncthreads();
     sum = Sum();
-    if (group.lane < Group<LANES>::kWarps) sum.load(partial[group.turn][group.lane]);
+    if (group.lane < RowGroup<LANES>::kWarps) sum.load(partial[group.turn][group.lane]);
     sum.merge_warp(scale);
     group.turn ^= 1;
   }
@@ -167,19 +167,19 @@ __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int acti
 
 template <class Reader, int LANES>
 __device__ void zero_row(const Rows& rows, const Rows& gradients, int64_t r,
-                         const Group<LANES>& group) {
+                         const RowGroup<LANES>& group) {
   const Reader in(rows, nullptr, &gradients, r);
   const float zeros[Reader::kWidth] = {};
   for (int unit = group.thread; unit < in.units(); unit += LANES) in.store(unit, zeros);
 }
 
 template <class Reader, bool CAPPED, class Op, int LANES>
-__global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
     row_stream_kernel(const Rows rows, const Rows ref, const Rows gradients,
                       const ActiveRows active_rows, const Scale scale, const Op op) {
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
   constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll / 2;
-  Group<LANES> group;
+  RowGroup<LANES> group;
   const int thread = group.thread;
   const int64_t active = active_rows.list ? int64_t(*active_rows.active) : rows.count;
 
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
     const auto sum =
         sum_row<kRef, Op::kMoments, CAPPED>(in, action, info.chosen, info.ref_chosen, scale, group);
     const RowSum total(sum.max, sum.sum, info.chosen, scale);
-    const float coefficient = op.finish(info, sum, total, scale, thread == 0);
+    const float coefficient = op.finish(info, sum, total, scale, thread);
     if constexpr (kGrad) {
       const int units = in.units();
       const float factor = -coefficient / total.raw_sum;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
   if (!active_rows.list) return;
   for (int64_t i = group.first; i < rows.count - active; i += group.step) {
     const int64_t r = active_rows.list[rows.count - 1 - i];
-    if (thread == 0) op.inactive(r);
+    if (group.warp == 0) op.inactive(group.lane == 0 ? r : -1);
     if constexpr (kGrad) zero_row<Reader>(rows, gradients, r, group);
   }
 }

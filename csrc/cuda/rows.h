@@ -42,8 +42,16 @@ cudaError_t sum_rows(const Rows& rows, const ActiveRows& active, Scaling scaling
 cudaError_t sum_row_pairs(const Rows& rows, const Rows& ref, const ActiveRows& active,
                           Scaling scaling, const RowOutputs& out, cudaStream_t stream);
 
-// list and active of a mask, in scratch memory of count + 2 integers.
-cudaError_t list_rows(const bool* mask, int64_t count, int32_t* scratch, ActiveRows* out,
+// The rows that are active: by a mask, and before the last of cu_seqlens; null: all.
+struct Activity {
+  const bool* mask = nullptr;
+  const void* last = nullptr;
+  bool wide_last = false;  // int64, not int32
+
+  explicit operator bool() const { return mask || last; }
+};
+// Their list, in scratch memory of count + 2 integers.
+cudaError_t list_rows(const Activity& activity, int64_t count, int32_t* scratch, ActiveRows* out,
                       cudaStream_t stream);
 
 }  // namespace klq::cuda

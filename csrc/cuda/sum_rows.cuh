@@ -7,7 +7,7 @@ namespace klq::cuda {
 
 template <bool REF, bool MOMENTS>
 struct SumRows {
-  static constexpr bool kGrad = false, kRef = REF, kMoments = MOMENTS;
+  static constexpr bool kGrad = false, kRef = REF, kMoments = MOMENTS, kHeavy = false;
   RowOutputs to;
   int64_t count;
 
@@ -15,8 +15,8 @@ struct SumRows {
   __device__ int64_t action(int64_t r) const { return to.actions[r]; }
   __device__ Inputs load(int64_t) const { return {}; }
   __device__ float finish(const RowInfo<SumRows>& info, const Sums<REF, MOMENTS>& sums,
-                          const RowSum& row, const Scale& s, bool writer) const {
-    if (!writer) return 0.0f;
+                          const RowSum& row, const Scale& s, int who) const {
+    if (who != 0) return 0.0f;
     const int64_t r = info.index;
     const float logprob = info.action >= 0 ? float(row.logprob) : not_a_number();
     if (to.logprobs) to.logprobs[r] = logprob;
@@ -45,6 +45,7 @@ struct SumRows {
     return 0.0f;
   }
   __device__ void inactive(int64_t r) const {
+    if (r < 0) return;
     for (float* x : {to.logprobs, to.entropy, to.ref_logprobs, to.kl, to.log_ratios})
       if (x) x[r] = 0.0f;
     if (to.row_stats)

@@ -31,7 +31,7 @@ Tensor token_logprobs_backward(Tensor grad, Tensor logits, Tensor actions, Maybe
   const Array<bool> use(op, "mask", mask, ScalarType::Bool, logits, rows.count);
   const Array<float> upstream(op, "grad", grad, ScalarType::Float, logits, rows.count);
   const Array<float> stats(op, "row_stats", row_stats, ScalarType::Float, logits, 3 * rows.count);
-  Tensor dlogits = new_empty(logits, logits.sizes());
+  Tensor dlogits = new_like(logits, logits.sizes());
   STD_CUDA_CHECK(logprob_gradient_rows(rows, rows_of(op, dlogits), {temperature, softcap},
                                        {upstream.data, stats.data, ids.data, use.data},
                                        current_stream(logits)));

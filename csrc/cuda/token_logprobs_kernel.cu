@@ -7,11 +7,11 @@ namespace klq::cuda {
 namespace {
 
 template <class Reader, bool CAPPED, int LANES>
-__global__ void __launch_bounds__(Group<LANES>::kThreads, Group<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
     token_logprobs_bwd_kernel(const Rows rows, const Rows gradients, const Scale scale,
                               const LogprobGradArgs a) {
   constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll / 2;
-  const Group<LANES> group;
+  const RowGroup<LANES> group;
   for (int64_t r = group.first; r < rows.count; r += group.step) {
     if (a.mask && !a.mask[r]) {
       zero_row<Reader>(rows, gradients, r, group);
@@ -64,7 +64,7 @@ cudaError_t logprob_gradient_rows(const Rows& rows, const Rows& gradient, Scalin
   const Scale scale(scaling);
   return with_reader(rows, nullptr, &gradient, [&](auto reader, auto lanes) {
     using Reader = typename decltype(reader)::type;
-    using G = Group<lanes.value>;
+    using G = RowGroup<lanes.value>;
     // a block a row: the hardware evens out what masks and the end leave uneven
     const int64_t blocks = (rows.count + G::kTogether - 1) / G::kTogether;
     auto kernel = scaling.softcap > 0 ? token_logprobs_bwd_kernel<Reader, true, lanes.value>
