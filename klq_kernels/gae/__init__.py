@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import GAE
 from klq_kernels.gae import reference
 
@@ -53,7 +54,8 @@ def gae(
         OP, values.device, rewards=rewards, mask=mask, cu_seqlens=cu_seqlens, bootstrap=bootstrap
     )
     dtype = check.wide(rewards, values, bootstrap)
-    if resolve(OP, values.device, dtype, backend) == "reference":
+    chosen = resolve(OP, values.device, dtype, backend)
+    if chosen == "reference":
         return reference.gae(
             rewards,
             values,
@@ -63,10 +65,10 @@ def gae(
             cu_seqlens=cu_seqlens,
             bootstrap=bootstrap,
         )
-    return GAE(*torch.ops.klq.gae.default(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
+    return GAE(*operator(chosen, OP)(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
 
 
-@torch.library.register_fake("klq::gae")
+@fake("gae")
 def _(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap):
     dtype = check.wide(rewards, values, bootstrap)
     return tuple(values.new_empty(values.shape, dtype=dtype) for _ in range(2))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import LambdaReturns
 from klq_kernels.lambda_returns import reference
 
@@ -93,7 +94,8 @@ def lambda_returns(
         lam=lam_rows,
     )
     dtype = check.wide(log_ratios, values, rewards, lam_rows, bootstrap, trace)
-    if resolve(OP, values.device, dtype, backend) == "reference":
+    chosen = resolve(OP, values.device, dtype, backend)
+    if chosen == "reference":
         return reference.lambda_returns(
             log_ratios,
             values,
@@ -108,7 +110,7 @@ def lambda_returns(
             trace=trace,
         )
     return LambdaReturns(
-        *torch.ops.klq.lambda_returns.default(
+        *operator(chosen, OP)(
             log_ratios,
             values,
             rewards,
@@ -125,7 +127,7 @@ def lambda_returns(
     )
 
 
-@torch.library.register_fake("klq::lambda_returns")
+@fake("lambda_returns")
 def _(rho, values, rewards, tau, gamma, lam, lam_rows, alpha, mask, cu_seqlens, boot, trace):
     dtype = check.wide(rho, values, rewards, lam_rows, boot, trace)
     return tuple(values.new_empty(values.shape, dtype=dtype) for _ in range(3))
