@@ -14,6 +14,12 @@ import torch
 from klq_kernels._dispatch import INTERPRET
 
 _DEVICES = ("cpu", "cuda") if INTERPRET else ("cuda",)
+_MODULES: dict[str, str] = {}  # operator -> module of its Triton kernels
+
+
+def kernel(name: str):
+    """The Triton twin of operator `name`; imports Triton."""
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def fake(name: str):
@@ -21,10 +27,10 @@ def fake(name: str):
     kernel is the function `name` of klq_kernels/<op>/triton.py."""
 
     def register(function):
-        module = f"{function.__module__}.triton"
+        _MODULES[name] = f"{function.__module__}.triton"
 
         def twin(*args):
-            return getattr(import_module(module), name)(*args)
+            return kernel(name)(*args)
 
         schema = str(getattr(torch.ops.klq, name).default._schema).removeprefix("klq::")
         torch.library.define(f"klq_triton::{name}", schema.removeprefix(name))

@@ -135,7 +135,8 @@ def load_tile(
 ):
     """Tile i of a row, [R, C], and its columns; -inf past the end of the row.
 
-    Only the last tile is masked: a mask that ends anywhere forbids vector loads.
+    Only the last tile is masked: a mask that ends anywhere forbids vector loads. `width` must be
+    the argument itself, which Triton may know to be divisible by 16.
     """
     col = i * (R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     if MASKED:
@@ -178,6 +179,7 @@ def column(action, width):
 def row_target(
     row,
     width,
+    active,
     action,
     here,
     inverse_t,
@@ -188,21 +190,21 @@ def row_target(
     STAGES: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """(max, rest, z_a) of one row in one read; width 0 reads nothing.
+    """(max, rest, z_a, the chosen logit) of one row in one read; not `active` reads nothing.
 
     rest leaves the chosen token out of the sum, which keeps 1 - p exact when p is close to 1.
     """
     m = tl.full([C], -_INF, tl.float32)
     s = tl.zeros([C], tl.float32)
-    whole = width // (R * C)
+    whole = tl.where(active, width // (R * C), 0)
     for i in tl.range(0, whole, num_stages=STAGES):
         x, col = load_tile(row, i, width, R, C, False, KEEP)
         m, s = absorb(m, s, scaled(x, inverse_t, cap, KIND), col == action)
-    for i in range(whole, tl.cdiv(width, R * C)):
+    for i in range(whole, tl.where(active, tl.cdiv(width, R * C), 0)):
         x, col = load_tile(row, i, width, R, C, True, KEEP)
         m, s = absorb(m, s, scaled(x, inverse_t, cap, KIND), col == action)
     top, rest = lanes_meet(m, s)
-    x_a = tl.load(row + action, mask=here & (width > 0), other=-_INF)
+    x_a = tl.load(row + action, mask=here & active, other=-_INF)
     return top, rest.to(tl.float32), scaled(x_a, inverse_t, cap, KIND), x_a.to(tl.float32)
 
 
@@ -227,7 +229,7 @@ def logprob_of(top, rest, z_a, here):
 
 @triton.jit
 def gradient_factors(coefficient, top, rest, z_a, x_a, inverse_t, cap, KIND: tl.constexpr):
-    """What `gradient` needs of a row: the factor of exp(z - max), and the chosen entry."""
+    """What `write_gradient` needs of a row: the factor of exp(z - max), and the chosen entry."""
     r = rest.to(tl.float64)
     share = coefficient * wide(inverse_t) / (r + tl.exp(z_a - top).to(tl.float64))
     chosen = (share * r).to(tl.float32)
@@ -245,10 +247,41 @@ def slope(x, cap):
 
 
 @triton.jit
-def gradient(x, col, action, top, share, chosen, inverse_t, cap, KIND: tl.constexpr):
-    """coefficient (onehot - softmax) dz/dlogits of a tile; banned tokens get 0 by select."""
+def write_gradient(
+    row,
+    to,
+    i,
+    width,
+    active,
+    action,
+    top,
+    share,
+    chosen,
+    inverse_t,
+    cap,
+    KIND: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """coefficient (onehot - softmax) dz/dlogits of tile i; `to` may be the row itself.
+
+    Banned tokens get 0 by select. Tiles of inactive rows are MASKED: not read, and written as 0.
+    """
+    col = i * (R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    inside = col < width
+    if MASKED:
+        keep = inside & active
+        x = tl.load(row + col, mask=keep, other=-_INF, eviction_policy="evict_first")
+    else:
+        x = tl.load(row + col, eviction_policy="evict_first")
     z = scaled(x, inverse_t, cap, KIND)
     g = tl.exp(z - top) * share
     if KIND == 2:
         g = g * slope(x.to(tl.float32), cap)
-    return tl.where(col == action, chosen, tl.where(z == -_INF, 0.0, g))
+    g = tl.where(col == action, chosen, tl.where(z == -_INF, 0.0, g))
+    if MASKED:
+        g = tl.where(active, g, 0.0).to(to.dtype.element_ty)
+        tl.store(to + col, g, mask=inside, eviction_policy="evict_first")
+    else:
+        tl.store(to + col, g.to(to.dtype.element_ty), eviction_policy="evict_first")

@@ -49,8 +49,8 @@ def boltzmann_values_kernel(
     row = row_at(q, i, inner, near, far, UNIT)
     ref = row_at(ref_logits, i, ref_inner, ref_near, ref_far, REF_UNIT)
     no = tl.full([], -1, tl.int32)
-    mb, sb, _, _ = row_target(
-        ref, width, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
+    mb, sb, _z, _x = row_target(
+        ref, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
     )
     log_sb = tl.log(sb.to(tl.float64)).to(tl.float32)
     m = tl.full([C], -_INF, tl.float32)
@@ -59,15 +59,15 @@ def boltzmann_values_kernel(
     infinite = tl.zeros([C], tl.int32)
     whole = width // (R * C)
     for t in tl.range(0, whole, num_stages=STAGES):
-        x, _ = load_tile(row, t, width, R, C, False, "")
-        y, _ = load_tile(ref, t, width, R, C, False, "evict_first")
+        x, _col = load_tile(row, t, width, R, C, False, "")
+        y, _col = load_tile(ref, t, width, R, C, False, "evict_first")
         z = term(x, y, mb, log_sb, inverse_tau, inverse_t, cap, KIND)
         nan = tl.maximum(nan, tl.max((z != z).to(tl.int32), 0))
         infinite = tl.maximum(infinite, tl.max((z == _INF).to(tl.int32), 0))
         m, s = absorb(m, s, tl.where(z == _INF, -_INF, z), z == _INF)
     for t in range(whole, tl.cdiv(width, R * C)):
-        x, _ = load_tile(row, t, width, R, C, True, "")
-        y, _ = load_tile(ref, t, width, R, C, True, "evict_first")
+        x, _col = load_tile(row, t, width, R, C, True, "")
+        y, _col = load_tile(ref, t, width, R, C, True, "evict_first")
         z = term(x, y, mb, log_sb, inverse_tau, inverse_t, cap, KIND)
         nan = tl.maximum(nan, tl.max((z != z).to(tl.int32), 0))
         infinite = tl.maximum(infinite, tl.max((z == _INF).to(tl.int32), 0))

@@ -14,16 +14,16 @@ from torch import Tensor
 from klq_kernels import _triton as tt
 from klq_kernels._triton import (
     column,
-    gradient,
     gradient_factors,
     load_tile,
     logprob_of,
     row_at,
     row_target,
     wide,
+    write_gradient,
 )
 
-_STAGES = 3
+_STAGES = 2
 # Rows whose second read shall hit L2: with one 32-warp program an SM, 132 rows of 256 KiB are in
 # flight (34 MB of the H200's 60); short rows fit anyway and gain from more, smaller programs.
 _LONG_ROW = 160 << 10
@@ -93,11 +93,10 @@ def klq_loss_kernel(
     if mask is not None:
         active = tl.load(mask + i) != 0
     action, here = column(tl.load(actions + i).to(tl.int64), width)
-    width_used = tl.where(active, width, 0)
     row = row_at(logits, i, inner, near, far, UNIT)
     KEEP: tl.constexpr = "" if dlogits is None else "evict_last"
     top, rest, z_a, x_a = row_target(
-        row, width_used, action, here, inverse_t, cap, KIND, R, C, STAGES, KEEP
+        row, width, active, action, here, inverse_t, cap, KIND, R, C, STAGES, KEEP
     )
     logprob = logprob_of(top, rest, z_a, here)
     ref = tl.load(ref_logprobs + i, mask=active, other=0.0).to(tl.float64)
@@ -118,17 +117,17 @@ def klq_loss_kernel(
             tl.store(unscale + i, power_of_two(-shift))
         share, chosen = gradient_factors(coefficient, top, rest, z_a, x_a, inverse_t, cap, KIND)
         to = row_at(dlogits, i, out_inner, out_near, out_far, OUT_UNIT)
-        dtype = dlogits.dtype.element_ty
-        whole = width_used // (R * C)
+        whole = tl.where(active, width // (R * C), 0)
         for t in tl.range(0, whole, num_stages=STAGES):
-            x, col = load_tile(row, t, width, R, C, False, "evict_first")
-            d = gradient(x, col, action, top, share, chosen, inverse_t, cap, KIND)
-            tl.store(to + col, d.to(dtype), eviction_policy="evict_first")
-        for t in range(whole, tl.cdiv(width, R * C)):  # an inactive row: all of it, to 0
-            x, col = load_tile(row, t, width_used, R, C, True, "evict_first")
-            d = gradient(x, col, action, top, share, chosen, inverse_t, cap, KIND)
-            d = tl.where(active, d, 0.0)
-            tl.store(to + col, d.to(dtype), mask=col < width)
+            write_gradient(
+                row, to, t, width, active, action, top, share, chosen, inverse_t, cap,
+                KIND, R, C, False,
+            )  # fmt: skip
+        for t in range(whole, tl.cdiv(width, R * C)):  # of an inactive row: all, to 0
+            write_gradient(
+                row, to, t, width, active, action, top, share, chosen, inverse_t, cap,
+                KIND, R, C, True,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "count"])
@@ -230,7 +229,7 @@ def run(
     inner, near, far, unit = tt.rows_of(logits)
     out_inner, out_near, out_far, out_unit = tt.rows_of(dlogits if grad else logits)
     long_row = grad and width * logits.element_size() > _LONG_ROW
-    r, c, warps = tt.tile(width, 32 if long_row else 8, 2 if long_row else 4)
+    r, c, warps = tt.tile(width, 32 if long_row else 8, 1 if kind == 2 else 2)
     count = max(1, rows)
     tt.launch(
         klq_loss_kernel,

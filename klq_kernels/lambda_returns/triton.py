@@ -4,9 +4,11 @@ A_t = (r_t - Q_t) + gamma W_next; the bootstrap is the first carry.
 
 A token maps the carry affinely, W = d + f W_next with f = c gamma (the identity if inactive). Tiles
 are loaded backwards, so that a forward scan runs right to left; maps compose in float64, which
-keeps (gamma lam)^n exact enough at any length. Three regimes, chosen from shapes only: many short
-rows a program; one program a sequence, tile after tile; few long sequences cut into tiles, of which
-a first launch makes each tile's map and a second applies the maps to its right.
+keeps (gamma lam)^n exact enough at any length. A tile is [A, 32]: each line of 32 tokens is scanned
+inside a warp, and where the lines are one sequence their A maps are scanned after that. Regimes,
+chosen from shapes only: lines that are sequences; a program a sequence, tile after tile; few long
+sequences cut into tiles, of which a first launch makes each tile's map and a second applies the
+maps to its right.
 """
 
 import struct
@@ -19,8 +21,8 @@ from torch import Tensor
 from klq_kernels import _triton as tt
 from klq_kernels._triton import wide
 
-_TILE = 1024  # tokens a program holds at a time
-_WARPS = 4
+_LINE = 32  # tokens scanned inside a warp
+_LINES = 32  # lines a program holds at a time
 _FEW = 512  # fewer sequences than this leave the device idle when each is one program
 
 
@@ -52,6 +54,31 @@ def token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam):
 
 
 @triton.jit
+def past(x, first):
+    """The elements to the right of x's along the last axis (index - 1), `first` for the first."""
+    i = tl.arange(0, x.shape[-1])
+    if len(x.shape) == 2:
+        i = tl.broadcast_to(i[None, :], x.shape)
+    return tl.where(i == 0, first, tl.gather(x, tl.maximum(i - 1, 0), len(x.shape) - 1))
+
+
+@triton.jit
+def last(x, L: tl.constexpr):
+    """The last elements along the last axis; a NaN elsewhere does not show."""
+    if len(x.shape) == 2:
+        y = tl.sum(tl.where(tl.arange(0, L)[None, :] == L - 1, x, 0.0), 1)
+    else:
+        y = tl.sum(tl.where(tl.arange(0, L) == L - 1, x, 0.0), 0)
+    return y
+
+
+@triton.jit
+def places(A: tl.constexpr, L: tl.constexpr):
+    """Distances of a tile's tokens from its right end, [A, L]."""
+    return tl.arange(0, A)[:, None] * L + tl.arange(0, L)[None, :]
+
+
+@triton.jit
 def scan_tile(
     log_ratios,
     values,
@@ -68,25 +95,34 @@ def scan_tile(
     gamma,
     lam,
     alpha,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    ONE: tl.constexpr,
+    A: tl.constexpr,
+    L: tl.constexpr,
 ):
-    """Writes one tile [ROWS, TILE], its tokens from right to left, and returns the new carry."""
+    """Writes one tile [A, L], its tokens from right to left, and returns the new carry: a number if
+    the lines are ONE sequence, else [A]."""
     use = inside
     if mask is not None:
         use = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     q, u, d, f = token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam)
     d, f = tl.associative_scan((d, f), 1, compose)
-    w = d + f * carry[:, None]
-    j = tl.broadcast_to(tl.arange(0, TILE)[None, :], [ROWS, TILE])
-    right = tl.gather(w, tl.maximum(j - 1, 0), 1)
-    a = u + gamma * tl.where(j == 0, carry[:, None], right)
+    if ONE:
+        line_d, line_f = tl.associative_scan((last(d, L), last(f, L)), 0, compose)
+        ends = line_d + line_f * carry
+        carry = past(ends, carry)[:, None]
+        w = d + f * carry
+        after = last(ends, A)
+    else:
+        carry = carry[:, None]
+        w = d + f * carry
+        after = last(w, L)
+    a = u + gamma * past(w, carry)
     if q_out is not None:
         tl.store(q_out + at, tl.where(use, q, 0.0).to(tl.float32), mask=inside)
     tl.store(a_out + at, tl.where(use, a, 0.0).to(tl.float32), mask=inside)
     g = q + wide(alpha) * a
     tl.store(g_out + at, tl.where(use, g, 0.0).to(tl.float32), mask=inside)
-    return tl.sum(tl.where(j == TILE - 1, w, 0.0), 1)
+    return after
 
 
 @triton.jit
@@ -134,23 +170,33 @@ def walk_kernel(
     lam_high,
     lam_low,
     alpha,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    ONE: tl.constexpr,
+    A: tl.constexpr,
+    L: tl.constexpr,
 ):
-    """ROWS sequences a program, each tile after tile from its right end."""
-    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """One sequence a program, or a sequence a line; each tile after tile from its right end."""
+    gamma = number(gamma_high, gamma_low)
+    lam = number(lam_high, lam_low)
+    s = tl.program_id(0).to(tl.int64)
+    if not ONE:
+        s = s * A + tl.arange(0, A)
     there = s < sequences
     begin, end = span(ends, s, there, length, tokens)
-    gamma = number(gamma_high, gamma_low)
-    lam = per_sequence(lam_rows, s, there, number(lam_high, lam_low))[:, None]
+    lam = per_sequence(lam_rows, s, there, lam)
     carry = per_sequence(bootstrap, s, there, 0.0)
-    longest = tl.max(end - begin, 0)
-    for first in range(0, longest, TILE):
-        at = end[:, None] - 1 - first - tl.arange(0, TILE)[None, :]
+    if ONE:
+        for first in range(0, end - begin, A * L):
+            at = end - 1 - first - places(A, L)
+            carry = scan_tile(
+                log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
+                at, at >= begin, carry, tau, gamma, lam, alpha, True, A, L,
+            )  # fmt: skip
+    else:
+        at = end[:, None] - 1 - tl.arange(0, L)[None, :]
         inside = (at >= begin[:, None]) & there[:, None]
-        carry = scan_tile(
+        scan_tile(
             log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
-            at, inside, carry, tau, gamma, lam, alpha, ROWS, TILE,
+            at, inside, carry, tau, gamma, lam[:, None], alpha, False, A, L,
         )  # fmt: skip
 
 
@@ -200,24 +246,23 @@ def tile_map_kernel(
     gamma_low,
     lam_high,
     lam_low,
-    TILE: tl.constexpr,
+    A: tl.constexpr,
+    L: tl.constexpr,
 ):
     """The map of each tile as a whole."""
     p = tl.program_id(0).to(tl.int64)
-    s, k, begin, end = tile_of(ends, p, sequences, length, tokens, TILE)
-    j = tl.arange(0, TILE)
-    at = end - 1 - k * TILE - j
+    s, k, begin, end = tile_of(ends, p, sequences, length, tokens, A * L)
+    at = end - 1 - k * (A * L) - places(A, L)
     use = at >= begin
     if mask is not None:
         use = use & (tl.load(mask + at, mask=use, other=0) != 0)
-    lam = number(lam_high, lam_low)
-    if lam_rows is not None:
-        lam = tl.load(lam_rows + s).to(tl.float64)
+    lam = per_sequence(lam_rows, s, s < sequences, number(lam_high, lam_low))
     gamma = number(gamma_high, gamma_low)
-    _, _, d, f = token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam)
-    d, f = tl.associative_scan((d, f), 0, compose)
-    tl.store(maps + p, tl.sum(tl.where(j == TILE - 1, d, 0.0), 0))
-    tl.store(maps + tiles + p, tl.sum(tl.where(j == TILE - 1, f, 0.0), 0))
+    _q, _u, d, f = token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam)
+    d, f = tl.associative_scan((d, f), 1, compose)
+    d, f = tl.associative_scan((last(d, L), last(f, L)), 0, compose)
+    tl.store(maps + p, last(d, A))
+    tl.store(maps + tiles + p, last(f, A))
 
 
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])
@@ -244,31 +289,29 @@ def tile_scan_kernel(
     lam_high,
     lam_low,
     alpha,
-    TILE: tl.constexpr,
+    A: tl.constexpr,
+    L: tl.constexpr,
     MAPS: tl.constexpr,  # maps composed at a time
 ):
     """Each tile from the maps to its right, composed in their order."""
     p = tl.program_id(0).to(tl.int64)
-    s, k, begin, end = tile_of(ends, p, sequences, length, tokens, TILE)
-    if end - k * TILE > begin:
+    s, k, begin, end = tile_of(ends, p, sequences, length, tokens, A * L)
+    if end - k * (A * L) > begin:
         gamma = number(gamma_high, gamma_low)
-        one = tl.zeros([1], tl.int64) + s
-        there = one < sequences
-        lam = per_sequence(lam_rows, one, there, number(lam_high, lam_low))[:, None]
-        carry = per_sequence(bootstrap, one, there, 0.0)
+        lam = per_sequence(lam_rows, s, s < sequences, number(lam_high, lam_low))
+        carry = per_sequence(bootstrap, s, s < sequences, 0.0)
         j = tl.arange(0, MAPS)
         for first in range(0, k, MAPS):
             use = first + j < k
-            d = tl.load(maps + (p - k) + first + j, mask=use, other=0.0)
-            f = tl.load(maps + tiles + (p - k) + first + j, mask=use, other=1.0)
+            at = maps + (p - k) + first + j
+            d = tl.load(at, mask=use, other=0.0)
+            f = tl.load(at + tiles, mask=use, other=1.0)
             d, f = tl.associative_scan((d, f), 0, compose)
-            d = tl.sum(tl.where(j == MAPS - 1, d, 0.0), 0)
-            f = tl.sum(tl.where(j == MAPS - 1, f, 0.0), 0)
-            carry = d + f * carry
-        at = end - 1 - k * TILE - tl.arange(0, TILE)[None, :]
+            carry = last(d, MAPS) + last(f, MAPS) * carry
+        at = end - 1 - k * (A * L) - places(A, L)
         scan_tile(
             log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
-            at, at >= begin, carry, tau, gamma, lam, alpha, 1, TILE,
+            at, at >= begin, carry, tau, gamma, lam, alpha, True, A, L,
         )  # fmt: skip
 
 
@@ -308,39 +351,51 @@ def scan(
     )
     if tokens == 0 or sequences == 0:
         return q, a, g
-    reach = max(16, triton.next_power_of_2(tokens if packed else length))
     inputs = [tt.compact(x) for x in (log_ratios, values, rewards, trace, lam_rows, mask)]
+    bootstrap = tt.compact(bootstrap)
     sizes = sequences, length, tokens
     scalars = (tau, *split(gamma), *split(lam))
-    tile = min(_TILE, reach)
-    most = triton.cdiv(tokens if packed else length, tile)  # tiles of one sequence
-    if most < 4 or (sequences >= _FEW and not packed):
-        rows = 1 if packed else max(1, _TILE // tile)
+    reach = tokens if packed else length  # the longest a sequence can be
+    if reach <= _LINE and not packed:
+        lines = min(_LINES, triton.next_power_of_2(sequences))
         tt.launch(
             walk_kernel,
-            triton.cdiv(sequences, rows),
+            triton.cdiv(sequences, lines),
             values,
-            *(*inputs, cu_seqlens, tt.compact(bootstrap), q, a, g),
-            *(*sizes, *scalars, alpha, rows, tile),
-            num_warps=max(1, rows * tile * _WARPS // _TILE),
+            *(*inputs, cu_seqlens, bootstrap, q, a, g, *sizes, *scalars, alpha),
+            *(False, lines, triton.next_power_of_2(reach)),
+            num_warps=max(1, lines // 8),
         )
         return q, a, g
-    tiles = tokens // tile + sequences if packed else sequences * most
+    lines = min(_LINES, triton.next_power_of_2(triton.cdiv(reach, _LINE)))
+    warps = max(1, lines // 8)
+    most = triton.cdiv(reach, lines * _LINE)  # tiles of one sequence
+    if most < 4 or (sequences >= _FEW and not packed):
+        tt.launch(
+            walk_kernel,
+            sequences,
+            values,
+            *(*inputs, cu_seqlens, bootstrap, q, a, g, *sizes, *scalars, alpha),
+            *(True, lines, _LINE),
+            num_warps=warps,
+        )
+        return q, a, g
+    tiles = tokens // (lines * _LINE) + sequences if packed else sequences * most
     maps = torch.empty((2, tiles), dtype=torch.float64, device=values.device)
     tt.launch(
         tile_map_kernel,
         tiles,
         values,
-        *(*inputs, cu_seqlens, maps, tiles, *sizes, *scalars, tile),
-        num_warps=_WARPS,
+        *(*inputs, cu_seqlens, maps, tiles, *sizes, *scalars, lines, _LINE),
+        num_warps=warps,
     )
     tt.launch(
         tile_scan_kernel,
         tiles,
         values,
-        *(*inputs, cu_seqlens, tt.compact(bootstrap), q, a, g, maps, tiles),
-        *(*sizes, *scalars, alpha, tile, min(1024, triton.next_power_of_2(most))),
-        num_warps=_WARPS,
+        *(*inputs, cu_seqlens, bootstrap, q, a, g, maps, tiles, *sizes, *scalars, alpha),
+        *(lines, _LINE, min(256, triton.next_power_of_2(most))),
+        num_warps=warps,
     )
     return q, a, g
 

@@ -49,11 +49,11 @@ def q_values_kernel(
     row = row_at(logits, i, inner, near, far, UNIT)
     ref = row_at(ref_logits, i, ref_inner, ref_near, ref_far, REF_UNIT)
     no = tl.full([], -1, tl.int32)  # no token is left out of the sums
-    m, s, _, _ = row_target(
-        row, width, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
+    m, s, _z, _x = row_target(
+        row, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
     )
-    mb, sb, _, _ = row_target(
-        ref, width, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
+    mb, sb, _z, _x = row_target(
+        ref, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
     )
     log_s = tl.log(s.to(tl.float64)).to(tl.float32)
     log_sb = tl.log(sb.to(tl.float64)).to(tl.float32)
@@ -62,12 +62,12 @@ def q_values_kernel(
     whole = width // (R * C)
     for t in tl.range(0, whole, num_stages=STAGES):
         x, col = load_tile(row, t, width, R, C, False, "evict_first")
-        y, _ = load_tile(ref, t, width, R, C, False, "evict_first")
+        y, _col = load_tile(ref, t, width, R, C, False, "evict_first")
         q = q_tile(x, y, m, log_s, mb, log_sb, tau, v, inverse_t, cap, KIND)
         tl.store(to + col, q, eviction_policy="evict_first")
     for t in range(whole, tl.cdiv(width, R * C)):
         x, col = load_tile(row, t, width, R, C, True, "evict_first")
-        y, _ = load_tile(ref, t, width, R, C, True, "evict_first")
+        y, _col = load_tile(ref, t, width, R, C, True, "evict_first")
         q = q_tile(x, y, m, log_s, mb, log_sb, tau, v, inverse_t, cap, KIND)
         tl.store(to + col, q, mask=col < width)
 

@@ -13,15 +13,14 @@ from torch import Tensor
 from klq_kernels import _triton as tt
 from klq_kernels._triton import (
     column,
-    gradient,
     gradient_factors,
-    load_tile,
     logprob_of,
     row_at,
     row_target,
+    write_gradient,
 )
 
-_STAGES = 3  # tiles of a row in flight
+_STAGES = 2  # tiles of a row in flight
 
 
 @triton.jit(do_not_specialize=["inner", "ref_inner", "sequences"])
@@ -61,9 +60,10 @@ def logprobs_kernel(
     if ends is not None:
         active = active & (i < tl.load(ends + sequences).to(tl.int64))
     action, here = column(tl.load(actions + i).to(tl.int64), width)
-    n = tl.where(active, width, 0)  # inactive rows are not read
     row = row_at(logits, i, inner, near, far, UNIT)
-    top, rest, z_a, _ = row_target(row, n, action, here, inverse_t, cap, KIND, R, C, STAGES, "")
+    top, rest, z_a, _ = row_target(
+        row, width, active, action, here, inverse_t, cap, KIND, R, C, STAGES, ""
+    )
     logprob = logprob_of(top, rest, z_a, here).to(tl.float32)
     if logprobs is not None:
         tl.store(logprobs + i, tl.where(active, logprob, 0.0))
@@ -78,7 +78,7 @@ def logprobs_kernel(
         else:
             row = row_at(ref_logits, i, ref_inner, ref_near, ref_far, REF_UNIT)
             top, rest, z_a, _ = row_target(
-                row, n, action, here, inverse_t, cap, KIND, R, C, STAGES, ""
+                row, width, active, action, here, inverse_t, cap, KIND, R, C, STAGES, ""
             )
             ref = logprob_of(top, rest, z_a, here).to(tl.float32)
         # of the rounded log-probs: policy = reference gives exactly 0, cached or not
@@ -124,15 +124,14 @@ def backward_kernel(
     x_a = tl.load(row + action, mask=active & (action >= 0), other=0.0).to(tl.float32)
     upstream = tl.load(grad + i).to(tl.float64)
     share, chosen = gradient_factors(upstream, top, rest, z_a, x_a, inverse_t, cap, KIND)
-    if (t + 1) * (R * C) <= tl.where(active, width, 0):
-        x, col = load_tile(row, t, width, R, C, False, "evict_first")
-        g = gradient(x, col, action, top, share, chosen, inverse_t, cap, KIND)
-        tl.store(to + col, g.to(out.dtype.element_ty), eviction_policy="evict_first")
+    if active & ((t + 1) * (R * C) <= width):
+        write_gradient(
+            row, to, t, width, active, action, top, share, chosen, inverse_t, cap, KIND, R, C, False
+        )  # fmt: skip
     else:
-        x, col = load_tile(row, t, tl.where(active, width, 0), R, C, True, "evict_first")
-        g = gradient(x, col, action, top, share, chosen, inverse_t, cap, KIND)
-        g = tl.where(active, g, 0.0)
-        tl.store(to + col, g.to(out.dtype.element_ty), mask=col < width)
+        write_gradient(
+            row, to, t, width, active, action, top, share, chosen, inverse_t, cap, KIND, R, C, True
+        )  # fmt: skip
 
 
 def run(
@@ -156,7 +155,7 @@ def run(
     inner, near, far, unit = tt.rows_of(logits)
     layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    r, c, warps = tt.tile(width, 8, 4)
+    r, c, warps = tt.tile(width, 4, 4)
     tt.launch(
         logprobs_kernel,
         actions.numel(),

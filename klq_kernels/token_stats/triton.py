@@ -99,7 +99,6 @@ def token_stats_kernel(
     if mask is not None:
         active = tl.load(mask + i) != 0
     action, here = column(tl.load(actions + i).to(tl.int64), width)
-    n = tl.where(active, width, 0)
     row = row_at(logits, i, inner, near, far, UNIT)
     KL: tl.constexpr = ref_logits is not None
     other = row
@@ -108,20 +107,20 @@ def token_stats_kernel(
     m = tl.full([C], -_INF, tl.float32)
     s = tl.zeros([C], tl.float32)
     rest, w, mb, restb, k = s, s, m, s, s
-    whole = n // (R * C)
+    whole = tl.where(active, width // (R * C), 0)
     for t in tl.range(0, whole, num_stages=STAGES):
-        x, col = load_tile(row, t, n, R, C, False, "")
+        x, col = load_tile(row, t, width, R, C, False, "")
         y = x
         if KL:
-            y, _ = load_tile(other, t, n, R, C, False, "")
+            y, _ = load_tile(other, t, width, R, C, False, "")
         m, s, rest, w, mb, restb, k = take(
             m, s, rest, w, mb, restb, k, x, y, col, action, inverse_t, cap, KIND, KL
         )
-    for t in range(whole, tl.cdiv(n, R * C)):
-        x, col = load_tile(row, t, n, R, C, True, "")
+    for t in range(whole, tl.where(active, tl.cdiv(width, R * C), 0)):
+        x, col = load_tile(row, t, width, R, C, True, "")
         y = x
         if KL:
-            y, _ = load_tile(other, t, n, R, C, True, "")
+            y, _ = load_tile(other, t, width, R, C, True, "")
         m, s, rest, w, mb, restb, k = take(
             m, s, rest, w, mb, restb, k, x, y, col, action, inverse_t, cap, KIND, KL
         )
@@ -168,7 +167,7 @@ def token_stats(
     inner, near, far, unit = tt.rows_of(logits)
     layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    r, c, warps = tt.tile(logits.shape[-1], 8, 2)
+    r, c, warps = tt.tile(logits.shape[-1], 8, 1)
     tt.launch(
         token_stats_kernel,
         actions.numel(),
