@@ -62,8 +62,13 @@ def rows_of(x: torch.Tensor) -> tuple[int, int, int, int]:
     return inner, near // unit, far // unit, unit
 
 
-def tile(width: int, most_warps: int, rounds: int) -> tuple[int, int, int]:
-    """(R, C, warps) for rows of `width`: 8 elements of each of `rounds` vectors a thread."""
+def tile(width: int, kind: int, most_warps: int, rounds: int) -> tuple[int, int, int]:
+    """(R, C, warps) for rows of `width`: 8 elements of each of `rounds` vectors a thread.
+
+    Half the rounds where an element takes more registers: a soft-cap, or a width that forbids
+    vector loads and so needs an address an element.
+    """
+    rounds = max(1, rounds // 2) if width % 8 or kind == 2 else rounds
     block = max(128, triton.next_power_of_2(width))
     warps = min(most_warps, max(1, block // (256 * rounds)))
     lanes = min(block, 256 * warps)
@@ -98,6 +103,12 @@ def row_at(base, row, inner, near, far, UNIT: tl.constexpr):
 def wide(x):
     """A scalar argument as float64; the interpreter leaves arguments Python numbers."""
     return tl.zeros([], tl.float64) + x
+
+
+@triton.jit
+def is_active(mask, i):
+    """Whether token i is active; a mask of None is all of them."""
+    return tl.full([], 1, tl.int1) if mask is None else tl.load(mask + i) != 0
 
 
 @triton.jit
@@ -271,7 +282,8 @@ def write_gradient(
     col = i * (R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     inside = col < width
     if MASKED:
-        keep = inside & active
+        # a select: the interpreter gives `inside & active` the dtype of what `active` compared
+        keep = tl.where(active, inside, False)
         x = tl.load(row + col, mask=keep, other=-_INF, eviction_policy="evict_first")
     else:
         x = tl.load(row + col, eviction_policy="evict_first")

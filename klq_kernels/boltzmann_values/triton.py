@@ -87,7 +87,7 @@ def boltzmann_values(
     inverse_t, cap, kind = tt.scaling(temperature, softcap)
     inner, near, far, unit = tt.rows_of(q)
     ref_inner, ref_near, ref_far, ref_unit = tt.rows_of(ref_logits)
-    r, c, warps = tt.tile(width, 8, 2)
+    r, c, warps = tt.tile(width, kind, 8, 2)
     tt.launch(
         boltzmann_values_kernel,
         out.numel(),

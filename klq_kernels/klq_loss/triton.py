@@ -15,6 +15,7 @@ from klq_kernels import _triton as tt
 from klq_kernels._triton import (
     column,
     gradient_factors,
+    is_active,
     load_tile,
     logprob_of,
     row_at,
@@ -89,9 +90,7 @@ def klq_loss_kernel(
     STAGES: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    active = i >= 0
-    if mask is not None:
-        active = tl.load(mask + i) != 0
+    active = is_active(mask, i)
     action, here = column(tl.load(actions + i).to(tl.int64), width)
     row = row_at(logits, i, inner, near, far, UNIT)
     KEEP: tl.constexpr = "" if dlogits is None else "evict_last"
@@ -229,7 +228,7 @@ def run(
     inner, near, far, unit = tt.rows_of(logits)
     out_inner, out_near, out_far, out_unit = tt.rows_of(dlogits if grad else logits)
     long_row = grad and width * logits.element_size() > _LONG_ROW
-    r, c, warps = tt.tile(width, 32 if long_row else 8, 1 if kind == 2 else 2)
+    r, c, warps = tt.tile(width, kind, 32 if long_row else 8, 2)
     count = max(1, rows)
     tt.launch(
         klq_loss_kernel,
@@ -274,7 +273,7 @@ def klq_loss_(
 def klq_loss_backward_(dlogits: Tensor, unscale: Tensor, upstream: Tensor) -> None:
     width = dlogits.shape[-1]
     inner, near, far, unit = tt.rows_of(dlogits)
-    r, c, warps = tt.tile(width, 8, 4)
+    r, c, warps = tt.tile(width, 0, 8, 4)
     tiles = triton.cdiv(width, r * c)
     tt.launch(
         klq_loss_backward_kernel,

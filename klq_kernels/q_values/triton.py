@@ -85,7 +85,7 @@ def q_values(
     inverse_t, cap, kind = tt.scaling(temperature, softcap)
     inner, near, far, unit = tt.rows_of(logits)
     ref_inner, ref_near, ref_far, ref_unit = tt.rows_of(ref_logits)
-    r, c, warps = tt.tile(width, 8, 2)
+    r, c, warps = tt.tile(width, kind, 8, 2)
     tt.launch(
         q_values_kernel,
         values.numel(),

@@ -14,6 +14,7 @@ from klq_kernels import _triton as tt
 from klq_kernels._triton import (
     column,
     gradient_factors,
+    is_active,
     logprob_of,
     row_at,
     row_target,
@@ -54,9 +55,7 @@ def logprobs_kernel(
     STAGES: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    active = i >= 0
-    if mask is not None:
-        active = tl.load(mask + i) != 0
+    active = is_active(mask, i)
     if ends is not None:
         active = active & (i < tl.load(ends + sequences).to(tl.int64))
     action, here = column(tl.load(actions + i).to(tl.int64), width)
@@ -112,9 +111,7 @@ def backward_kernel(
     program = tl.program_id(0)
     i = (program // tiles).to(tl.int64)
     t = program % tiles
-    active = i >= 0
-    if mask is not None:
-        active = tl.load(mask + i) != 0
+    active = is_active(mask, i)
     action, _ = column(tl.load(actions + i).to(tl.int64), width)
     row = row_at(logits, i, inner, near, far, UNIT)
     to = out + i * (width // OUT_UNIT) * OUT_UNIT
@@ -155,7 +152,7 @@ def run(
     inner, near, far, unit = tt.rows_of(logits)
     layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    r, c, warps = tt.tile(width, 4, 4)
+    r, c, warps = tt.tile(width, kind, 4, 4)
     tt.launch(
         logprobs_kernel,
         actions.numel(),
@@ -201,7 +198,7 @@ def token_logprobs_backward(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     inverse_t, cap, kind = tt.scaling(temperature, softcap)
     inner, near, far, unit = tt.rows_of(logits)
-    r, c, warps = tt.tile(width, 8, 4)
+    r, c, warps = tt.tile(width, kind, 8, 4)
     tiles = triton.cdiv(width, r * c)
     tt.launch(
         backward_kernel,
