@@ -141,7 +141,10 @@ POINTERS = {
 def compile(x: Launch, target: GPUTarget) -> Resources:
     signature, constants, attrs = specialised(x)
     source = ASTSource(x.kernel, signature, constants, attrs)
-    made = triton.compile(source, target=target, options=x.options)
+    options = dict(x.options)
+    if target.backend == "hip":
+        options["num_warps"] = min(options["num_warps"], tt.MOST_WARPS_HIP)
+    made = triton.compile(source, target=target, options=options)
     shared = made.metadata.shared
     if target.backend == "hip":
         text = made.asm["amdgcn"]
@@ -204,7 +207,7 @@ def main() -> None:
         "shared memory a program; no kernel spills.\n\n" + text + "\n"
     )
     print(text)
-    sys.exit("\n".join(bad))
+    sys.exit("\n".join(bad) or 0)
 
 
 if __name__ == "__main__":

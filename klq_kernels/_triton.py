@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
+MOST_WARPS_HIP = 16  # AMD's wavefronts are 64 lanes wide, and a workgroup ends at 1024
 
 
 # --- host: launches, layouts, tiles ------------------------------------------------------------
@@ -28,7 +29,8 @@ def launch(kernel, programs: int, like: torch.Tensor, *args, num_warps: int, **m
     """
     if programs == 0:
         return
-    meta["num_warps"], meta["enable_fp_fusion"] = num_warps, False
+    meta["num_warps"] = min(num_warps, MOST_WARPS_HIP) if torch.version.hip else num_warps
+    meta["enable_fp_fusion"] = False
     if like.is_cuda and like.get_device() != torch.cuda.current_device():
         with torch.cuda.device(like.device):
             kernel[(programs,)](*args, **meta)
@@ -65,10 +67,10 @@ def rows_of(x: torch.Tensor) -> tuple[int, int, int, int]:
 def tile(width: int, kind: int, most_warps: int, rounds: int) -> tuple[int, int, int]:
     """(R, C, warps) for rows of `width`: 8 elements of each of `rounds` vectors a thread.
 
-    Half the rounds where an element takes more registers: a soft-cap, or a width that forbids
-    vector loads and so needs an address an element.
+    Half the rounds where an element takes more registers: for a soft-cap, and for a width that
+    forbids vector loads and so needs an address an element.
     """
-    rounds = max(1, rounds // 2) if width % 8 or kind == 2 else rounds
+    rounds = max(1, rounds >> ((width % 8 != 0) + (kind == 2)))
     block = max(128, triton.next_power_of_2(width))
     warps = min(most_warps, max(1, block // (256 * rounds)))
     lanes = min(block, 256 * warps)

@@ -256,9 +256,7 @@ def klq_loss(
     logits: Tensor, actions: Tensor, values: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *rest, need_grad = rest
-    dlogits = None
-    if need_grad:
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = tt.like(logits, logits.shape, logits.dtype) if need_grad else None
     loss, stats, *small = run(logits, actions, values, *rest, dlogits)
     made = tt.like(logits, 0, logits.dtype) if dlogits is None else dlogits
     return loss, stats, made, *small

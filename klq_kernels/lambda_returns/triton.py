@@ -343,12 +343,12 @@ def scan(
     else:
         length = shape[-1]
         sequences = tokens // length if length else 0
-    # packed tokens past the last end belong to no sequence and are never visited
-    new = torch.zeros if packed else torch.empty
-    q, a, g = (
-        None if skip else new(shape, dtype=torch.float32, device=values.device)
-        for skip in (log_ratios is None, False, False)
-    )
+    q = None if log_ratios is None else tt.like(values, shape)
+    a, g = tt.like(values, shape), tt.like(values, shape)
+    if packed:  # tokens past the last end belong to no sequence and are never visited
+        for x in (q, a, g):
+            if x is not None:
+                x.zero_()
     if tokens == 0 or sequences == 0:
         return q, a, g
     inputs = [tt.compact(x) for x in (log_ratios, values, rewards, trace, lam_rows, mask)]
@@ -381,7 +381,7 @@ def scan(
         )
         return q, a, g
     tiles = tokens // (lines * _LINE) + sequences if packed else sequences * most
-    maps = torch.empty((2, tiles), dtype=torch.float64, device=values.device)
+    maps = tt.like(values, (2, tiles), torch.float64)
     tt.launch(
         tile_map_kernel,
         tiles,

@@ -2,7 +2,6 @@
 """Sequence scores onto last active tokens in Triton: one program a sequence looks for the token and
 writes one number into zeros."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +25,7 @@ def place_scores_kernel(scores, mask, ends, out, sequences, length, tokens, TILE
 
 
 def place_scores(scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    out = tt.like(mask, mask.shape).zero_()
     tokens, length = mask.numel(), 0 if cu_seqlens is not None else mask.shape[-1]
     if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1

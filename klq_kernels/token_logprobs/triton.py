@@ -5,7 +5,6 @@ The same kernel serves token_log_ratios and klq_targets, so that policy and refe
 arithmetic and equal rows give a log-ratio of exactly 0.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -195,7 +194,7 @@ def token_logprobs_backward(
     softcap: float,
 ) -> Tensor:
     width = logits.shape[-1]
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = tt.like(logits, logits.shape, logits.dtype)
     inverse_t, cap, kind = tt.scaling(temperature, softcap)
     inner, near, far, unit = tt.rows_of(logits)
     r, c, warps = tt.tile(width, kind, 8, 4)

@@ -182,7 +182,7 @@ def token_stats(
     inner, near, far, unit = tt.rows_of(logits)
     layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    r, c, warps = tt.tile(logits.shape[-1], kind, 8, 1)
+    r, c, warps = tt.tile(logits.shape[-1], kind, 4, 1)
     tt.launch(
         token_stats_kernel,
         actions.numel(),
