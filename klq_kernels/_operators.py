@@ -6,7 +6,7 @@ the same fakes, and imports Triton at the first call of a kernel. Twins are `def
 handwritten fake: a `triton_op` fails opcheck in the interpreter.
 """
 
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -17,6 +17,7 @@ _DEVICES = ("cpu", "cuda") if INTERPRET else ("cuda",)
 _MODULES: dict[str, str] = {}  # operator -> module of its Triton kernels
 
 
+@cache
 def kernel(name: str):
     """The Triton twin of operator `name`; imports Triton."""
     return getattr(import_module(_MODULES[name]), name)

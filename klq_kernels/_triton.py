@@ -64,6 +64,16 @@ def rows_of(x: torch.Tensor) -> tuple[int, int, int, int]:
     return inner, near // unit, far // unit, unit
 
 
+def tiles_of(n: int, size: int) -> int:
+    """n / size rounded up; Triton's own helpers cost microseconds a call on the host."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def tile(width: int, kind: int, most_warps: int, rounds: int) -> tuple[int, int, int]:
     """(R, C, warps) for rows of `width`: 8 elements of each of `rounds` vectors a thread.
 
@@ -71,7 +81,7 @@ def tile(width: int, kind: int, most_warps: int, rounds: int) -> tuple[int, int,
     forbids vector loads and so needs an address an element.
     """
     rounds = max(1, rounds >> ((width % 8 != 0) + (kind == 2)))
-    block = max(128, triton.next_power_of_2(width))
+    block = max(128, power_of_2(width))
     warps = min(most_warps, max(1, block // (256 * rounds)))
     lanes = min(block, 256 * warps)
     return min(rounds, block // lanes), lanes, warps

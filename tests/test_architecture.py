@@ -95,7 +95,7 @@ def test_kernels_import_torch_and_nothing_else():
 
 
 def test_triton_is_imported_by_its_kernels_only():
-    """`_triton.py` is for the modules named triton.py, which are imported at a kernel's first call."""
+    """`_triton.py` is for modules named triton.py, which are imported at a kernel's first call."""
     for path in python_files("klq_kernels"):
         if path.name not in ("triton.py", "_triton.py"):
             text = path.read_text()

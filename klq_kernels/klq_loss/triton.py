@@ -241,7 +241,7 @@ def run(
         *(counted, unit, out_unit, kind, r, c, _STAGES),
         num_warps=warps,
     )
-    lanes = min(4096, max(16, triton.next_power_of_2(rows)))
+    lanes = min(4096, max(16, tt.power_of_2(rows)))
     tt.launch(
         klq_loss_sum_kernel,
         1,
@@ -272,7 +272,7 @@ def klq_loss_backward_(dlogits: Tensor, unscale: Tensor, upstream: Tensor) -> No
     width = dlogits.shape[-1]
     inner, near, far, unit = tt.rows_of(dlogits)
     r, c, warps = tt.tile(width, 0, 8, 4)
-    tiles = triton.cdiv(width, r * c)
+    tiles = tt.tiles_of(width, r * c)
     tt.launch(
         klq_loss_backward_kernel,
         dlogits.numel() // width * tiles,

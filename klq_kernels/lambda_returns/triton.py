@@ -357,19 +357,19 @@ def scan(
     scalars = (tau, *split(gamma), *split(lam))
     reach = tokens if packed else length  # the longest a sequence can be
     if reach <= _LINE and not packed:
-        lines = min(_LINES, triton.next_power_of_2(sequences))
+        lines = min(_LINES, tt.power_of_2(sequences))
         tt.launch(
             walk_kernel,
-            triton.cdiv(sequences, lines),
+            tt.tiles_of(sequences, lines),
             values,
             *(*inputs, cu_seqlens, bootstrap, q, a, g, *sizes, *scalars, alpha),
-            *(False, lines, triton.next_power_of_2(reach)),
+            *(False, lines, tt.power_of_2(reach)),
             num_warps=max(1, lines // 8),
         )
         return q, a, g
-    lines = min(_LINES, triton.next_power_of_2(triton.cdiv(reach, _LINE)))
+    lines = min(_LINES, tt.power_of_2(tt.tiles_of(reach, _LINE)))
     warps = max(1, lines // 8)
-    most = triton.cdiv(reach, lines * _LINE)  # tiles of one sequence
+    most = tt.tiles_of(reach, lines * _LINE)  # tiles of one sequence
     if most < 4 or (sequences >= _FEW and not packed):
         tt.launch(
             walk_kernel,
@@ -394,7 +394,7 @@ def scan(
         tiles,
         values,
         *(*inputs, cu_seqlens, bootstrap, q, a, g, maps, tiles, *sizes, *scalars, alpha),
-        *(lines, _LINE, min(256, triton.next_power_of_2(most))),
+        *(lines, _LINE, min(256, tt.power_of_2(most))),
         num_warps=warps,
     )
     return q, a, g

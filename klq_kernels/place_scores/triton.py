@@ -31,7 +31,7 @@ def place_scores(scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Ten
         sequences = cu_seqlens.shape[0] - 1
     else:
         sequences = tokens // length if length else 0
-    tile = min(1024, max(16, triton.next_power_of_2(length or tokens)))
+    tile = min(1024, max(16, tt.power_of_2(length or tokens)))
     tt.launch(
         place_scores_kernel,
         sequences if tokens else 0,

@@ -198,7 +198,7 @@ def token_logprobs_backward(
     inverse_t, cap, kind = tt.scaling(temperature, softcap)
     inner, near, far, unit = tt.rows_of(logits)
     r, c, warps = tt.tile(width, kind, 8, 4)
-    tiles = triton.cdiv(width, r * c)
+    tiles = tt.tiles_of(width, r * c)
     tt.launch(
         backward_kernel,
         actions.numel() * tiles,

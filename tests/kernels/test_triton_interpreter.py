@@ -80,6 +80,7 @@ def test_in_the_interpreter(group):
             "TRITON_INTERPRET": "1",
             "KLQ_BACKEND": "triton",
             "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
         },
         capture_output=True,
         text=True,
