@@ -185,7 +185,7 @@ def walk_kernel(
     lam = per_sequence(lam_rows, s, there, lam)
     carry = per_sequence(bootstrap, s, there, 0.0)
     if ONE:
-        for first in range(0, end - begin, A * L):
+        for first in tl.range(0, end - begin, A * L, num_stages=2):
             at = end - 1 - first - places(A, L)
             carry = scan_tile(
                 log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
