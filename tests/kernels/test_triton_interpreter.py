@@ -30,29 +30,30 @@ MANY = (
     "plain or strided or deep or no_rows or one_active or vocabulary_1 or vocabulary_4099 or "
     "banned or only_chosen or peaked or extreme or cold or capped_low"
 )
-GROUPS = {
-    "rows": ("test_ops.py", f"truth and triton-float32 and (token_ or q_values) and ({MANY})"),
-    "others": (
-        "test_ops.py",
-        "truth and triton-float32 and not token_ and not q_values and not linear and not hot "
-        "and not minus_1000 and not tau_100",
+ROWS = f"truth and triton-float32 and (token_ or q_values) and ({MANY})"
+OTHERS = (
+    "truth and triton-float32 and not token_ and not q_values and not linear and not hot "
+    "and not minus_1000 and not tau_100"
+)
+FLOAT16 = f"truth and triton-float16 and not linear and ({FEW} or banned)"
+LINEAR = "truth and linear and triton-float32 and (plain or compacted)"
+RULES = (
+    "triton-float32 and not linear and (plain or packed or all_masked) and (nan or nothing or "
+    "bad_token or alone or (upstream_scale and 65536) or two_backwards or through_targets)"
+)
+TORCH = (
+    "not linear and ((opcheck and (token_logprobs or gae or klq_loss)) or "
+    "(compile_fullgraph and (token_logprobs or lambda_returns or klq_loss)))"
+)
+GROUPS = {  # few processes: each spends seconds on its start
+    "rows": (["test_ops.py"], f"({ROWS}) or ({LINEAR})"),
+    "others": (["test_ops.py"], f"({OTHERS}) or ({FLOAT16}) or ({RULES})"),
+    "named": (
+        ["test_klq_loss.py", "test_token_logprobs.py", "test_identities.py"],
+        f"triton and {SLOW}",
     ),
-    "float16": ("test_ops.py", f"truth and triton-float16 and not linear and ({FEW} or banned)"),
-    "linear": ("test_ops.py", "truth and linear and triton-float32 and (plain or compacted)"),
-    "rules": (
-        "test_ops.py",
-        "triton-float32 and not linear and (plain or packed or all_masked) and (nan or nothing "
-        "or bad_token or alone or (upstream_scale and 65536) or two_backwards or through_targets)",
-    ),
-    "opcheck": ("test_torch.py", "opcheck and (token_logprobs or gae or klq_loss) and not linear"),
-    "compile": (
-        "test_torch.py",
-        "compile_fullgraph and (token_logprobs or lambda_returns or klq_loss) and not linear",
-    ),
-    "loss": ("test_klq_loss.py", f"triton and {SLOW}"),
-    "logprobs": ("test_token_logprobs.py", f"triton and {SLOW}"),
-    "identities": ("test_identities.py", f"triton and {SLOW}"),
-    "itself": (Path(__file__).name, ""),
+    "torch": (["test_torch.py"], TORCH),
+    "itself": ([Path(__file__).name], ""),
 }
 
 
@@ -85,7 +86,7 @@ def cannot_loop(folder: Path) -> str | None:
 def test_in_the_interpreter(group, tmp_path_factory):
     if reason := cannot_loop(tmp_path_factory.getbasetemp()):
         pytest.skip(f"this Triton's interpreter does not work here: {reason}")
-    name, chosen = GROUPS[group]
+    names, chosen = GROUPS[group]
     done = subprocess.run(
         [
             *(
@@ -100,7 +101,7 @@ def test_in_the_interpreter(group, tmp_path_factory):
                 "no:xdist",
             ),
             *("--timeout", "120", "--import-mode=importlib", "-W", "ignore", "-k", chosen),
-            str(HERE / name),
+            *(str(HERE / name) for name in names),
         ],
         env={
             **os.environ,
