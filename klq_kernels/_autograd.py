@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every backward here shares: it can be differentiated once, and says so; and operators that
-have none."""
+"""What every backward here shares: it can be differentiated once, and says so."""
 
 from functools import wraps
 
@@ -37,13 +36,3 @@ def times(grad: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream, where 0 stays 0: inactive tokens and banned logits stay out of an upstream
     that is not finite."""
     return torch.where(grad == 0, 0.0, grad * upstream)
-
-
-_library = torch.library.Library("klq", "IMPL")
-
-
-def no_grad_op(name: str):
-    """The operator, with no gradient ever: autograd passes it by, which costs a call nothing where
-    `torch.no_grad` around it takes over a microsecond."""
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    return getattr(torch.ops.klq, name).default

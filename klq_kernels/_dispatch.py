@@ -5,6 +5,7 @@ explicit argument > use_backend(...) > KLQ_BACKEND > best available for the tens
 An explicit request that cannot be met raises and says why; nothing falls back in silence.
 """
 
+import importlib.util
 import os
 from contextlib import contextmanager
 
@@ -14,22 +15,27 @@ from klq_kernels._extension import BUILD_INFO
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
+# Triton's interpreter runs on the CPU, slowly: only when asked, in the environment before import.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
+
 # op -> backend -> device types it has a kernel for; `reference` is plain PyTorch and runs anywhere.
 _CPU, _GPU = ("cpu",), ("cuda",)
+_TRITON = ("cuda", "cpu") if INTERPRET else _GPU
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "token_logprobs": {"cpp": _CPU, "cuda": _GPU},
-    "token_log_ratios": {"cpp": _CPU, "cuda": _GPU},
-    "token_stats": {"cpp": _CPU, "cuda": _GPU},
-    "q_values": {"cpp": _CPU, "cuda": _GPU},
-    "boltzmann_values": {"cpp": _CPU, "cuda": _GPU},
-    "lambda_returns": {"cpp": _CPU, "cuda": _GPU},
-    "gae": {"cpp": _CPU, "cuda": _GPU},
-    "klq_targets": {"cpp": _CPU, "cuda": _GPU},
-    "klq_loss": {"cpp": _CPU, "cuda": _GPU},
-    "linear_token_logprobs": {"cpp": _CPU},
-    "linear_token_stats": {"cpp": _CPU},
-    "linear_klq_loss": {"cpp": _CPU},
-    "place_scores": {"cpp": _CPU, "cuda": _GPU},
+    "token_logprobs": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "token_log_ratios": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "token_stats": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "q_values": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "boltzmann_values": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "lambda_returns": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "gae": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "klq_targets": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "klq_loss": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "linear_token_logprobs": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "linear_token_stats": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "linear_klq_loss": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
+    "place_scores": {"cpp": _CPU, "cuda": _GPU, "triton": _TRITON},
 }
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
@@ -43,8 +49,8 @@ def _missing(backend: str) -> str | None:
             return "klq was built without CUDA; rebuild with KLQ_CUDA=1 and a CUDA build of torch"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
-    if backend == "triton" and not any("triton" in row for row in TABLE.values()):
-        return "this version has no Triton kernels"
+    if backend == "triton" and not _HAS_TRITON:
+        return "Triton is not installed; pip install 'triton>=3.6'"
     return None
 
 
@@ -115,12 +121,22 @@ def resolve(
         raise RuntimeError(f"{op}: backend {requested!r} is not available: {reason}")
     if device.type not in kernels.get(requested, ()):
         have = ["reference", *(b for b, devices in kernels.items() if device.type in devices)]
+        remedy = ""
+        if requested == "triton" and device.type == "cpu":
+            remedy = "; set TRITON_INTERPRET=1 before Python starts for Triton's interpreter"
         raise RuntimeError(
             f"{op}: backend {requested!r} has no kernel for {device.type} tensors; "
-            f"available there: {', '.join(have)}"
+            f"available there: {', '.join(have)}{remedy}"
         )
     if dtype == torch.float64 and requested in _NO_FLOAT64:
         raise RuntimeError(
             f"{op}: backend {requested!r} has no float64; use float32 inputs or backend='reference'"
         )
     return requested
+
+
+def operator(backend: str, name: str):
+    """The operator `name` of a compiled backend: torch.ops.klq has C++ and CUDA, chosen by the
+    tensors' device, torch.ops.klq_triton the Triton twins."""
+    namespace = torch.ops.klq_triton if backend == "triton" else torch.ops.klq
+    return getattr(namespace, name).default

@@ -24,10 +24,10 @@ def keeps_dtypes(function):
     asked for in float32 must not be cast back."""
 
     @wraps(function)
-    def run(*args):
-        device = args[0].device.type
+    def run(backend, x, *args):
+        device = x.device.type
         with torch.autocast(device if device in AUTOCAST else "cpu", enabled=False):
-            return function(*args)
+            return function(backend, x, *args)
 
     return run
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klq_kernels._autograd import first_order
+from klq_kernels._dispatch import operator
 
 
 class Shard(NamedTuple):
@@ -54,8 +55,7 @@ def shard(tp_group, size: int) -> Shard:
 def local_rows(logits, ids, mask, temperature, softcap, backend) -> Tensor:
     """(max, rest, z_a) of this rank's slice, [3, ...]; z_a is -inf where it is elsewhere."""
     if backend != "reference":
-        op = torch.ops.klq.token_logprobs.default
-        return op(logits, ids, mask, temperature, softcap)[1]
+        return operator(backend, "token_logprobs")(logits, ids, mask, temperature, softcap)[1]
     from klq_kernels.token_logprobs.reference import scaled, select_rows
 
     z = scaled(select_rows(logits, mask), temperature, softcap or None)
@@ -92,8 +92,8 @@ def merge(rows: Tensor, ids: Tensor, mask: Tensor | None, group) -> tuple[Tensor
 def local_gradient(grad, logits, ids, mask, row_stats, temperature, softcap, backend) -> Tensor:
     """This rank's slice of grad * (onehot - softmax) * dz/dlogits."""
     if backend != "reference":
-        op = torch.ops.klq.token_logprobs_backward.default
-        return op(grad, logits, ids, mask, row_stats, temperature, softcap)
+        backward = operator(backend, "token_logprobs_backward")
+        return backward(grad, logits, ids, mask, row_stats, temperature, softcap)
     from klq_kernels.token_logprobs.reference import scaled, select_rows
 
     with torch.enable_grad():

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels.boltzmann_values import reference
 
 OP = "boltzmann_values"
@@ -48,13 +49,14 @@ def boltzmann_values(
     check.same_device(OP, q.device, ref_logits=ref_logits)
     tau = check.tau(OP, tau, positive=True)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    if resolve(OP, q.device, check.wide(q, ref_logits), backend) == "reference":
+    chosen = resolve(OP, q.device, check.wide(q, ref_logits), backend)
+    if chosen == "reference":
         return reference.boltzmann_values(
             q, ref_logits, tau=tau, temperature=t, logit_softcap=logit_softcap
         )
-    return torch.ops.klq.boltzmann_values.default(q, ref_logits, tau, t, cap)
+    return operator(chosen, OP)(q, ref_logits, tau, t, cap)
 
 
-@torch.library.register_fake("klq::boltzmann_values")
+@fake("boltzmann_values")
 def _(q, ref_logits, tau, temperature, softcap):
     return q.new_empty(q.shape[:-1], dtype=check.wide(q, ref_logits))

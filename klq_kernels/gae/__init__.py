@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._autograd import no_grad_op
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import GAE
 from klq_kernels.gae import reference
 
 OP = "gae"
-_gae = no_grad_op(OP)
 
 
 def gae(
@@ -47,7 +46,8 @@ def gae(
     use, dtype = check.scan(OP, tokens, mask, cu_seqlens, per_sequence)
     gamma = check.number(OP, "gamma", gamma, 0.0, 1.0)
     lam = check.number(OP, "lam", lam, 0.0, 1.0)
-    if resolve(OP, values.device, dtype, backend) == "reference":
+    chosen = resolve(OP, values.device, dtype, backend)
+    if chosen == "reference":
         return reference.gae(
             rewards,
             values,
@@ -57,10 +57,10 @@ def gae(
             cu_seqlens=cu_seqlens,
             bootstrap=bootstrap,
         )
-    return GAE(*_gae(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
+    return GAE(*operator(chosen, OP)(rewards, values, gamma, lam, use, cu_seqlens, bootstrap))
 
 
-@torch.library.register_fake("klq::gae")
+@fake("gae", differentiable=False)
 def _(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap):
     dtype = check.wide(rewards, values, bootstrap)
     return tuple(values.new_empty(values.shape, dtype=dtype) for _ in range(2))

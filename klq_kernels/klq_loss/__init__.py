@@ -7,7 +7,8 @@ from torch import Tensor
 from klq_kernels import _checks as check
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order, times
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss import reference
 
@@ -119,11 +120,11 @@ def klq_loss(
     need = torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad)
     if torch.compiler.is_compiling():
         # also for inplace=True: in a graph, reuse of the logits' memory is the compiler's to find
-        loss, stats = TracedLoss.apply(*args, need)
+        loss, stats = TracedLoss.apply(*args, need, chosen)
     elif inplace:
         loss, stats = InplaceLoss.apply(*args, chosen)
     else:
-        loss, stats = Loss.apply(*args, need)
+        loss, stats = Loss.apply(*args, need, chosen)
     return KLQLoss(loss, KLQStats(*stats.unbind(0)))
 
 
@@ -137,7 +138,7 @@ def _dvalues(ctx, dvalues: Tensor, upstream: Tensor) -> Tensor | None:
     return times(dvalues, upstream).to(ctx.values_dtype) if ctx.needs_input_grad[2] else None
 
 
-_NONES = (None,) * 9  # every argument after values is a constant
+_NONES = (None,) * 10  # every argument after values is a constant
 
 
 class Loss(torch.autograd.Function):
@@ -146,8 +147,8 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, actions, values, *rest):
-        op = torch.ops.klq.klq_loss.default
-        loss, stats, *ctx.made = op(logits, actions, values, *rest)
+        *rest, ctx.backend = rest
+        loss, stats, *ctx.made = operator(ctx.backend, OP)(logits, actions, values, *rest)
         tensors = [x if isinstance(x, Tensor) else None for x in rest]
         ctx.save_for_backward(logits, actions, values, *tensors)
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in rest]
@@ -162,10 +163,10 @@ class Loss(torch.autograd.Function):
         if made is None:
             logits, actions, values, *tensors = ctx.saved_tensors
             rest = [n if x is None else x for x, n in zip(tensors, ctx.numbers, strict=True)]
-            made = torch.ops.klq.klq_loss.default(logits, actions, values, *rest)[2:]
+            made = operator(ctx.backend, OP)(logits, actions, values, *rest)[2:]
         dlogits, dvalues, unscale = made
         if ctx.needs_input_grad[0]:
-            torch.ops.klq.klq_loss_backward_.default(dlogits, unscale, upstream)
+            operator(ctx.backend, "klq_loss_backward_")(dlogits, unscale, upstream)
         return (
             dlogits if ctx.needs_input_grad[0] else None,
             None,
@@ -179,8 +180,9 @@ class TracedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, actions, values, *rest):
-        op = torch.ops.klq.klq_loss.default
-        loss, stats, dlogits, dvalues, unscale = op(logits, actions, values, *rest)
+        *rest, backend = rest
+        made = operator(backend, OP)(logits, actions, values, *rest)
+        loss, stats, dlogits, dvalues, unscale = made
         ctx.save_for_backward(dlogits, dvalues, unscale)
         ctx.values_dtype = values.dtype
         ctx.mark_non_differentiable(stats)
@@ -199,7 +201,8 @@ class InplaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, actions, values, *rest):
         *rest, ctx.backend = rest
-        run = _reference_inplace if ctx.backend == "reference" else torch.ops.klq.klq_loss_.default
+        plain = ctx.backend == "reference"
+        run = _reference_inplace if plain else operator(ctx.backend, "klq_loss_")
         loss, stats, dvalues, unscale = run(logits, actions, values, *rest)
         torch.autograd.graph.increment_version(logits)
         ctx.made = logits.detach(), dvalues, unscale
@@ -219,7 +222,7 @@ class InplaceLoss(torch.autograd.Function):
         if ctx.backend == "reference":
             dlogits.copy_(_rescaled(dlogits, unscale, upstream))
         else:
-            torch.ops.klq.klq_loss_backward_.default(dlogits, unscale, upstream)
+            operator(ctx.backend, "klq_loss_backward_")(dlogits, unscale, upstream)
         return dlogits, None, _dvalues(ctx, dvalues, upstream), *_NONES
 
 
@@ -253,7 +256,7 @@ def _reference_inplace(
     return loss.detach(), torch.stack(stats), dvalues, unscale
 
 
-@torch.library.register_fake("klq::klq_loss")
+@fake("klq_loss")
 def _(logits, actions, values, ref, returns, tau, mask, weights, normalizer, t, cap, need_grad):
     dtype = check.wide(logits)
     tokens = actions.shape if need_grad else (0,)
@@ -267,7 +270,7 @@ def _(logits, actions, values, ref, returns, tau, mask, weights, normalizer, t, 
     )
 
 
-@torch.library.register_fake("klq::klq_loss_")
+@fake("klq_loss_")
 def _(logits, actions, values, ref, returns, tau, mask, weights, normalizer, t, cap):
     dtype = check.wide(logits)
     half = logits.dtype == torch.float16
@@ -279,6 +282,6 @@ def _(logits, actions, values, ref, returns, tau, mask, weights, normalizer, t, 
     )
 
 
-@torch.library.register_fake("klq::klq_loss_backward_")
+@fake("klq_loss_backward_")
 def _(dlogits, unscale, upstream):
     return None

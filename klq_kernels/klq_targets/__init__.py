@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import KLQTargets
 from klq_kernels.klq_targets import reference
 
@@ -102,7 +103,7 @@ def klq_targets(
             logit_softcap=logit_softcap,
         )
     return KLQTargets(
-        *torch.ops.klq.klq_targets.default(
+        *operator(chosen, OP)(
             logits,
             actions,
             values,
@@ -131,7 +132,7 @@ def _in_a_sequence(use: Tensor | None, actions: Tensor, cu_seqlens: Tensor | Non
     return inside if use is None else use & inside
 
 
-@torch.library.register_fake("klq::klq_targets")
+@fake("klq_targets")
 def _(
     logits,
     actions,

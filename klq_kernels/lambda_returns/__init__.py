@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._autograd import no_grad_op
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import LambdaReturns
 from klq_kernels.lambda_returns import reference
 
 OP = "lambda_returns"
-_lambda_returns = no_grad_op(OP)
 
 
 def lambda_returns(
@@ -80,7 +79,8 @@ def lambda_returns(
     tau, gamma = check.tau(OP, tau), check.number(OP, "gamma", gamma, 0.0, 1.0)
     alpha = check.number(OP, "alpha", alpha, 0.0, 1.0, open_low=True)
     lam, lam_rows = check.trace_decay(OP, lam, values.shape, cu_seqlens)
-    if resolve(OP, values.device, dtype, backend) == "reference":
+    chosen = resolve(OP, values.device, dtype, backend)
+    if chosen == "reference":
         return reference.lambda_returns(
             log_ratios,
             values,
@@ -95,7 +95,7 @@ def lambda_returns(
             trace=trace,
         )
     return LambdaReturns(
-        *_lambda_returns(
+        *operator(chosen, OP)(
             log_ratios,
             values,
             rewards,
@@ -112,7 +112,7 @@ def lambda_returns(
     )
 
 
-@torch.library.register_fake("klq::lambda_returns")
+@fake("lambda_returns", differentiable=False)
 def _(rho, values, rewards, tau, gamma, lam, lam_rows, alpha, mask, cu_seqlens, boot, trace):
     dtype = check.wide(rho, values, rewards, lam_rows, boot, trace)
     return tuple(values.new_empty(values.shape, dtype=dtype) for _ in range(3))

@@ -8,7 +8,8 @@ from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order, times
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import composite, composite_fake
 from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss.reference import squared_residuals
 from klq_kernels.linear_klq_loss import reference
@@ -135,6 +136,7 @@ def linear_klq_loss(
         num_active,
         chunk_bytes,
         *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads),
+        chosen,
     )
     return KLQLoss(loss, KLQStats(*stats.unbind(0)))
 
@@ -142,9 +144,8 @@ def linear_klq_loss(
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, values, *rest):
-        loss, stats, *made = torch.ops.klq.linear_klq_loss.default(
-            hidden, weight, bias, values, *rest
-        )
+        *rest, backend = rest
+        loss, stats, *made = operator(backend, OP)(hidden, weight, bias, values, *rest)
         ctx.mark_non_differentiable(stats)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, values)]
         if torch.compiler.is_compiling():
@@ -169,22 +170,20 @@ class LinearLoss(torch.autograd.Function):
             times(g, upstream).to(dtype) if need else None
             for g, dtype, need in zip(made, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
-        return *grads, *(None,) * 15
+        return *grads, *(None,) * 16
 
 
-torch.library.define(
-    f"klq::{OP}",
+@composite(
+    OP,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor values, Tensor actions, "
     "Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, "
     "Tensor? normalizer, float temperature, float softcap, ScalarType? logits_dtype, "
     "SymInt? num_active, int? chunk_bytes, bool need_hidden, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-
-
-@torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
 @linear.keeps_dtypes
 def _forward(
+    backend,
     hidden,
     weight,
     bias,
@@ -224,7 +223,7 @@ def _forward(
         use = None if rows.mask is None else rows.mask[part]
         logits = linear.head(kept[part], weight, bias, use, logits_dtype)
         a, v, ref, g, w = (None if x is None else x[part] for x in picked)
-        part_loss, part_stats, dvalues[part], _ = torch.ops.klq.klq_loss_.default(
+        part_loss, part_stats, dvalues[part], _ = operator(backend, "klq_loss_")(
             logits, a, v, ref, g, tau, use, w, normalizer, t, cap
         )
         loss, stats = loss + part_loss, stats + part_stats
@@ -240,7 +239,7 @@ def _forward(
     return rows.poison(loss), rows.poison(stats), *grads, rows.put(dvalues, tokens)
 
 
-@torch.library.register_fake(f"klq::{OP}")
+@composite_fake(OP)
 def _(hidden, weight, bias, values, *rest):
     needs = rest[-3:]
     dtype = check.wide(hidden)

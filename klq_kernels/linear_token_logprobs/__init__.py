@@ -8,7 +8,8 @@ from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
 OP = "linear_token_logprobs"
@@ -92,6 +93,7 @@ def linear_token_logprobs(
         logits_dtype,
         num_active,
         chunk_bytes,
+        chosen,
     )
     return logprobs.reshape(actions.shape)
 
@@ -115,9 +117,8 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, actions, mask, *rest):
-        logprobs, row_stats = torch.ops.klq.linear_token_logprobs.default(
-            hidden, weight, bias, actions, mask, *rest
-        )
+        *rest, ctx.backend = rest
+        logprobs, row_stats = operator(ctx.backend, OP)(hidden, weight, bias, actions, mask, *rest)
         ctx.save_for_backward(hidden, weight, bias, actions, mask, row_stats)
         ctx.rest = rest
         return logprobs
@@ -127,11 +128,11 @@ class LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, actions, mask, row_stats = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grads = torch.ops.klq.linear_token_logprobs_backward.default(
+        grads = operator(ctx.backend, f"{OP}_backward")(
             grad, hidden, weight, bias, actions, mask, row_stats, *ctx.rest, *need[:3]
         )
         grads = [g if n else None for g, n in zip(grads, need[:3], strict=True)]
-        return *grads, *(None,) * 7
+        return *grads, *(None,) * 8
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask"
@@ -139,17 +140,13 @@ _REST = (
     "float temperature, float softcap, ScalarType? logits_dtype, SymInt? num_active, "
     "int? chunk_bytes"
 )
-torch.library.define(f"klq::{OP}", f"({_HEAD}, {_REST}) -> (Tensor, Tensor)")
-torch.library.define(
-    f"klq::{OP}_backward",
-    f"(Tensor grad, {_HEAD}, Tensor row_stats, {_REST}, bool need_hidden, bool need_weight, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor)",
-)
 
 
-@torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
+@composite(OP, f"({_HEAD}, {_REST}) -> (Tensor, Tensor)")
 @linear.keeps_dtypes
-def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
+def _forward(
+    backend, hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes
+):
     tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     hidden, actions = rows.take(hidden), rows.take(actions)
@@ -159,15 +156,20 @@ def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_acti
     for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
         use = None if rows.mask is None else rows.mask[part]
         logits = linear.head(hidden[part], weight, bias, use, logits_dtype)
-        logprobs[part], row_stats[:, part] = torch.ops.klq.token_logprobs.default(
+        logprobs[part], row_stats[:, part] = operator(backend, "token_logprobs")(
             logits, actions[part], use, t, cap
         )
     return rows.poison(rows.put(logprobs, tokens)), row_stats
 
 
-@torch.library.impl(f"klq::{OP}_backward", ("cpu", "cuda"))
+@composite(
+    f"{OP}_backward",
+    f"(Tensor grad, {_HEAD}, Tensor row_stats, {_REST}, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+)
 @linear.keeps_dtypes
 def _backward(
+    backend,
     grad,
     hidden,
     weight,
@@ -193,7 +195,7 @@ def _backward(
     for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
         use = None if rows.mask is None else rows.mask[part]
         logits = linear.head(kept[part], weight, bias, use, logits_dtype)
-        dlogits = torch.ops.klq.token_logprobs_backward.default(
+        dlogits = operator(backend, "token_logprobs_backward")(
             grad[part], logits, actions[part], use, row_stats[:, part], t, cap
         )
         dh, dw, db = linear.chunk_gradients(
@@ -207,14 +209,14 @@ def _backward(
     return linear.finish(rows, (hidden, weight, bias), (dhidden, dweight, dbias), needs)
 
 
-@torch.library.register_fake(f"klq::{OP}")
+@composite_fake(OP)
 def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
     rows = actions.shape[0] if num_active is None or mask is None else num_active
     dtype = check.wide(hidden)
     return hidden.new_empty(actions.shape, dtype=dtype), hidden.new_empty((3, rows), dtype=dtype)
 
 
-@torch.library.register_fake(f"klq::{OP}_backward")
+@composite_fake(f"{OP}_backward")
 def _(grad, hidden, weight, bias, *rest):
     need_hidden, need_weight, need_bias = rest[-3:]
     return (

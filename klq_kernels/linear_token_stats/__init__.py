@@ -7,7 +7,8 @@ from torch import Tensor
 from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import composite, composite_fake
 from klq_kernels._results import TokenStats
 from klq_kernels.linear_token_logprobs.reference import head_logits, poisoned, too_few
 from klq_kernels.linear_token_stats import reference
@@ -69,7 +70,7 @@ def linear_token_stats(
             logits_dtype=logits_dtype,
             num_active=num_active,
         )
-    logprobs, entropy = torch.ops.klq.linear_token_stats.default(
+    logprobs, entropy = operator(chosen, OP)(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -84,17 +85,16 @@ def linear_token_stats(
     return TokenStats(logprobs.reshape(actions.shape), entropy.reshape(actions.shape), None, None)
 
 
-torch.library.define(
-    f"klq::{OP}",
+@composite(
+    OP,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask, float temperature, "
     "float softcap, ScalarType? logits_dtype, SymInt? num_active, int? chunk_bytes) "
     "-> (Tensor, Tensor)",
 )
-
-
-@torch.library.impl(f"klq::{OP}", ("cpu", "cuda"))
 @linear.keeps_dtypes
-def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
+def _forward(
+    backend, hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes
+):
     tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     hidden, actions = rows.take(hidden), rows.take(actions)
@@ -103,11 +103,12 @@ def _forward(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_acti
     for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
         use = None if rows.mask is None else rows.mask[part]
         logits = linear.head(hidden[part], weight, bias, use, logits_dtype)
-        out = torch.ops.klq.token_stats.default(logits, actions[part], None, use, t, cap)
+        stats = operator(backend, "token_stats")
+        out = stats(logits, actions[part], None, use, t, cap)
         logprobs[part], entropy[part] = out[:2]
     return tuple(rows.poison(rows.put(x, tokens)) for x in (logprobs, entropy))
 
 
-@torch.library.register_fake(f"klq::{OP}")
+@composite_fake(OP)
 def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
     return tuple(hidden.new_empty(actions.shape, dtype=check.wide(hidden)) for _ in range(2))

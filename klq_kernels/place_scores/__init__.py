@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._autograd import no_grad_op
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels.place_scores import reference
 
 OP = "place_scores"
-_place_scores = no_grad_op(OP)
 
 
 def place_scores(
@@ -43,11 +42,12 @@ def place_scores(
     use = check.mask(OP, mask, mask.shape, "itself")
     check.per_sequence(OP, "scores", check.tensor(OP, "scores", scores), mask.shape, cu_seqlens)
     check.same_device(OP, mask.device, scores=scores, cu_seqlens=cu_seqlens)
-    if resolve(OP, mask.device, check.wide(scores), backend) == "reference":
+    chosen = resolve(OP, mask.device, check.wide(scores), backend)
+    if chosen == "reference":
         return reference.place_scores(scores, use, cu_seqlens=cu_seqlens)
-    return _place_scores(scores, use, cu_seqlens)
+    return operator(chosen, OP)(scores, use, cu_seqlens)
 
 
-@torch.library.register_fake("klq::place_scores")
+@fake("place_scores", differentiable=False)
 def _(scores, mask, cu_seqlens):
     return scores.new_empty(mask.shape, dtype=check.wide(scores))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels.q_values import reference
 
 OP = "q_values"
@@ -52,14 +53,15 @@ def q_values(
     check.same_device(OP, logits.device, ref_logits=ref_logits, values=values)
     tau = check.tau(OP, tau)
     t, cap = check.scaling(OP, temperature, logit_softcap)
-    if resolve(OP, logits.device, check.wide(logits, ref_logits, values), backend) == "reference":
+    chosen = resolve(OP, logits.device, check.wide(logits, ref_logits, values), backend)
+    if chosen == "reference":
         return reference.q_values(
             logits, ref_logits, values, tau=tau, temperature=t, logit_softcap=logit_softcap
         )
-    return torch.ops.klq.q_values.default(logits, ref_logits, values, tau, t, cap)
+    return operator(chosen, OP)(logits, ref_logits, values, tau, t, cap)
 
 
-@torch.library.register_fake("klq::q_values")
+@fake("q_values")
 def _(logits, ref_logits, values, tau, temperature, softcap):
     wide = check.wide(logits, ref_logits, values)
     return logits.new_empty(logits.shape, dtype=wide)

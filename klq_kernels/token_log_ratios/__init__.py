@@ -6,7 +6,8 @@ from torch import Tensor
 
 from klq_kernels import _checks as check
 from klq_kernels._autograd import first_order
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels.token_log_ratios import reference
 
 OP = "token_log_ratios"
@@ -51,30 +52,31 @@ def token_log_ratios(
         return reference.token_log_ratios(
             logits, ref_logits, actions, mask=use, temperature=t, logit_softcap=logit_softcap
         )
-    return TokenLogRatios.apply(logits, ref_logits, actions, use, t, cap)
+    return TokenLogRatios.apply(logits, ref_logits, actions, use, t, cap, chosen)
 
 
 class TokenLogRatios(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ref_logits, actions, mask, temperature, softcap):
-        log_ratios, row_stats = torch.ops.klq.token_log_ratios.default(
+    def forward(ctx, logits, ref_logits, actions, mask, temperature, softcap, backend):
+        log_ratios, row_stats = operator(backend, OP)(
             logits, ref_logits, actions, mask, temperature, softcap
         )
         ctx.save_for_backward(logits, actions, mask, row_stats)
         ctx.scaling = temperature, softcap
+        ctx.backend = backend
         return log_ratios
 
     @staticmethod
     @first_order(OP)
     def backward(ctx, grad):
         logits, actions, mask, row_stats = ctx.saved_tensors
-        dlogits = torch.ops.klq.token_logprobs_backward.default(
+        dlogits = operator(ctx.backend, "token_logprobs_backward")(
             grad, logits, actions, mask, row_stats, *ctx.scaling
         )
-        return dlogits, None, None, None, None, None
+        return dlogits, None, None, None, None, None, None
 
 
-@torch.library.register_fake("klq::token_log_ratios")
+@fake("token_log_ratios")
 def _(logits, ref_logits, actions, mask, temperature, softcap):
     wide = check.wide(logits, ref_logits)
     ratios = logits.new_empty(actions.shape, dtype=wide)

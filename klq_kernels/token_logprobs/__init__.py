@@ -7,7 +7,8 @@ from torch import Tensor
 from klq_kernels import _checks as check
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels.token_logprobs import reference
 
 OP = "token_logprobs"
@@ -64,38 +65,37 @@ def token_logprobs(
         return reference.token_logprobs(
             logits, actions, mask=use, temperature=t, logit_softcap=logit_softcap
         )
-    return TokenLogprobs.apply(logits, actions, use, t, cap)
+    return TokenLogprobs.apply(logits, actions, use, t, cap, chosen)
 
 
 class TokenLogprobs(torch.autograd.Function):
     """Saves the logits and three numbers a row: (max, sum without the target's term, z_a)."""
 
     @staticmethod
-    def forward(ctx, logits, actions, mask, temperature, softcap):
-        logprobs, row_stats = torch.ops.klq.token_logprobs.default(
-            logits, actions, mask, temperature, softcap
-        )
+    def forward(ctx, logits, actions, mask, temperature, softcap, backend):
+        logprobs, row_stats = operator(backend, OP)(logits, actions, mask, temperature, softcap)
         ctx.save_for_backward(logits, actions, mask, row_stats)
         ctx.scaling = temperature, softcap
+        ctx.backend = backend
         return logprobs
 
     @staticmethod
     @first_order(OP)
     def backward(ctx, grad):
         logits, actions, mask, row_stats = ctx.saved_tensors
-        dlogits = torch.ops.klq.token_logprobs_backward.default(
+        dlogits = operator(ctx.backend, f"{OP}_backward")(
             grad, logits, actions, mask, row_stats, *ctx.scaling
         )
-        return dlogits, None, None, None, None
+        return dlogits, None, None, None, None, None
 
 
-@torch.library.register_fake("klq::token_logprobs")
+@fake("token_logprobs")
 def _(logits, actions, mask, temperature, softcap):
     wide = check.wide(logits)
     logprobs = logits.new_empty(actions.shape, dtype=wide)
     return logprobs, logits.new_empty((3, *actions.shape), dtype=wide)
 
 
-@torch.library.register_fake("klq::token_logprobs_backward")
+@fake("token_logprobs_backward")
 def _(grad, logits, actions, mask, row_stats, temperature, softcap):
     return logits.new_empty(logits.shape)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import resolve
+from klq_kernels._dispatch import operator, resolve
+from klq_kernels._operators import fake
 from klq_kernels._results import TokenStats
 from klq_kernels.token_stats import reference
 
@@ -54,11 +55,11 @@ def token_stats(
             temperature=t,
             logit_softcap=logit_softcap,
         )
-    out = torch.ops.klq.token_stats.default(logits, actions, ref_logits, use, t, cap)
+    out = operator(chosen, OP)(logits, actions, ref_logits, use, t, cap)
     return TokenStats(*out) if ref_logits is not None else TokenStats(*out[:2], None, None)
 
 
-@torch.library.register_fake("klq::token_stats")
+@fake("token_stats")
 def _(logits, actions, ref_logits, mask, temperature, softcap):
     wide = check.wide(logits, ref_logits)
     shapes = [actions.shape] * 2 + [actions.shape if ref_logits is not None else (0,)] * 2

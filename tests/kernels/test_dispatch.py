@@ -105,3 +105,27 @@ def test_every_op_of_the_table_is_registered():
     assert set(TABLE) == set(SPECS)
     for name in TABLE:
         assert hasattr(torch.ops.klq, name), name
+
+
+def test_missing_triton_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="pip install 'triton"):
+        resolve("gae", torch.device("cuda"), torch.float32, "triton")
+    assert "not installed" in available_backends()["triton"]
+
+
+@pytest.mark.skipif(_dispatch.INTERPRET, reason="asked for")
+def test_the_interpreter_runs_only_when_asked():
+    """An explicit request on CPU tensors says how to ask; no choice ever falls on it."""
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        resolve("gae", CPU, torch.float32, "triton")
+    assert all("cpu" not in row["triton"] for row in TABLE.values())
+
+
+def test_twins_have_the_schemas_of_the_operators():
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("klq::"):
+            short = name.removeprefix("klq::")
+            schema = str(getattr(torch.ops.klq, short).default._schema)
+            twin = str(getattr(torch.ops.klq_triton, short).default._schema)
+            assert twin == schema.replace("klq::", "klq_triton::"), name

@@ -11,14 +11,15 @@ from klq_kernels._registry import SPECS
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every torch.ops.klq call."""
+    """Keeps the arguments of every torch.ops.klq and torch.ops.klq_triton call."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "klq":  # as they are: a clone would lose the layout under test
+        if func.namespace in ("klq", "klq_triton"):
+            # as they are: a clone would lose the layout under test
             kept = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
             self.calls.append((func, tuple(kept)))
         return func(*args, **(kwargs or {}))
