@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int64_t active = active_rows.list ? int64_t(*active_rows.active) : rows.count;
   // this block's units of a row, and its columns in a chunk of them
   constexpr int kWidth = V::kWidth;
-  const int all = (width + kWidth - 1) / kWidth, begin = min(all, ring.slice * rank);
-  const int mine = min(ring.slice, all - begin);
+  const int all = (width + kWidth - 1) / kWidth,
+            begin = CLUSTERED ? min(all, ring.slice * rank) : 0;
+  const int mine = CLUSTERED ? min(ring.slice, all - begin) : all;
   auto first_column = [&](int c) { return (begin + c * Shape::kStage) * kWidth; };
   auto columns = [&](int c) {
     const int units = max(0, min(Shape::kStage, mine - c * Shape::kStage));
