@@ -6,7 +6,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <mutex>
 #include <type_traits>
 
@@ -92,7 +91,7 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   Ring ring{};
   const int units = int((set.rows.width + Vec<T>::kWidth - 1) / Vec<T>::kWidth);
   ring.cluster = cluster;
-  ring.slice = (units + cluster - 1) / cluster;
+  ring.slice = ((units + cluster - 1) / cluster + 7) / 8 * 8;  // whole 128-byte lines
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
   const int clusters = int(std::min<int64_t>(k.clusters[cluster], set.rows.count));
@@ -158,18 +157,16 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
                      cudaStream_t stream, bool* done) {
   const int64_t bytes = set.rows.width * int64_t(sizeof(T));
   if (bytes <= kShortRow) return cudaSuccess;
+  constexpr bool kHeavy = CAPPED || Op::kHeavy;
   if constexpr (!Op::kGrad) {
     auto run = [&](auto shape) {
       return launch_ring<T, CAPPED, Op, false, decltype(shape)>(set, scale, op, 1, device, stream,
                                                                 done);
     };
-    const char* e = getenv("KLQ_FWD");  // XXX
-    if (!CAPPED && e && *e == '1') return run(RingShape<256, 32, 2, 8, 3>{});
-    if (!CAPPED && e && *e == '2') return run(RingShape<768, 32, 2, 8, 1>{});
     // what needs more registers gets fewer threads; few long rows want few blocks, so that they
     // end together
-    if constexpr (CAPPED || Op::kHeavy)
-      return run(RingShape<288, 32, 2, 11, 2>{});
+    if constexpr (kHeavy)
+      return run(RingShape<256, 32, 2, 12, 2>{});
     else if (bytes > kLongRow)
       return run(RingShape<768, 32, 2, 8, 1>{});
     else if constexpr (Op::kRef || Op::kMoments)

@@ -20,7 +20,7 @@
 
 namespace klq::cuda {
 
-constexpr int kSlots = 32;
+constexpr int kSlots = 28;
 
 // threads that sum, threads that close, vectors a summer takes of a stage, stages, blocks an SM
 template <int SUM, int CLOSE, int U, int STAGES, int BLOCKS>
@@ -28,8 +28,10 @@ struct RingShape {
   static constexpr int kSum = SUM, kClose = CLOSE, kUnroll = U, kStages = STAGES, kBlocks = BLOCKS;
   static constexpr int kStage = SUM * U;  // units of 16 bytes
   static constexpr int kThreads = SUM + CLOSE + 32;
-  static constexpr int kBytes = STAGES * (kStage + 1) * 16;
-  static_assert(2 * STAGES + 2 <= kSlots);
+  // a copy keeps its place in the 128-byte line, so that lines arrive whole
+  static constexpr int kPitch = kStage + 8;
+  static constexpr int kBytes = STAGES * kPitch * 16;
+  static_assert(kStage % 8 == 0 && 2 * STAGES + 2 <= kSlots);
 };
 
 // How the rows spread over blocks: set by the launcher from shapes alone.
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
   using Sum = Sums<kRef, Op::kMoments>;
   constexpr int kStages = Shape::kStages, U = Shape::kUnroll;
-  constexpr int kPitch = Shape::kStage + 1;  // rows may begin anywhere in their first 16 bytes
+  constexpr int kPitch = Shape::kPitch;
   constexpr int kSummers = Shape::kSum / 32, kClosers = Shape::kClose / 32;
   constexpr int kPairs = kSummers * (CLUSTERED ? 8 : 1), kWords = 4, kPer = V::kPer;
   constexpr int kRows = 1 + kRef;  // stages a chunk takes
@@ -87,12 +89,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int all = (width + kWidth - 1) / kWidth,
             begin = CLUSTERED ? min(all, ring.slice * rank) : 0;
   const int mine = CLUSTERED ? min(ring.slice, all - begin) : all;
+  constexpr int kFull = Shape::kStage * kWidth;  // columns of a whole chunk
   auto first_column = [&](int c) { return (begin + c * Shape::kStage) * kWidth; };
   auto columns = [&](int c) {
     const int units = max(0, min(Shape::kStage, mine - c * Shape::kStage));
     return min(units * kWidth, max(0, width - first_column(c)));
   };
+  // where a row's units lie: bytes into their 16, and those 16 in their line
   auto shift_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) & 15); };
+  auto lead_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) >> 4 & 7); };
 
   if (warp == kSummers + kClosers) {
     // --- producer: lane j looks up and loads every 32nd row
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
               barrier_expect(bar, aligned);
               if (aligned)
-                bulk_load<kGrad>(shared_address(stages + stage * kPitch),
+                bulk_load<kGrad>(shared_address(stages + stage * kPitch + lead_of(row)),
                                  row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)),
                                  aligned, bar);
               if (++stage == kStages) stage = 0, ++phase;
@@ -154,19 +159,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       barrier_wait(shared_address(&full[stage]), phase);  // infos[slot] was written before it
       const RowInfo<Op>& info = infos[slot];
       const int shifts[2] = {shift_of(info.row), kRef ? shift_of(info.ref) : 0};
-      const int hit = info.action < 0 ? -1 : info.action / kWidth - begin;
+      const int leads[2] = {lead_of(info.row), kRef ? lead_of(info.ref) : 0};
+      // the unit of the chosen token, from the first of the chunk at hand
+      int target = info.action < 0 ? -1 : info.action / kWidth - begin;
       const int hit_element = info.action & (kWidth - 1);
-      const float chosen = info.chosen, ref_chosen = info.ref_chosen;
       Sum sum;
       const bool aligned = (shifts[0] | shifts[1]) == 0;
-      for (int c = 0; c < ring.chunks; ++c) {
-        const int end = columns(c), target = hit - c * Shape::kStage;
-        const bool whole = end == Shape::kStage * kWidth && (target < 0 || target >= Shape::kStage);
+      int left = min(mine * kWidth, width - begin * kWidth);  // columns still to come
+      for (int c = 0; c < ring.chunks; ++c, left -= kFull, target -= Shape::kStage) {
+        const bool whole = left >= kFull && unsigned(target) >= unsigned(Shape::kStage);
         uint32_t w[kRows][U][kWords], top[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           barrier_wait(shared_address(&full[stage]), phase);
-          const uint4* from = stages + stage * kPitch + thread;
+          const uint4* from = stages + stage * kPitch + leads[k] + thread;
           // all loads at once, without a branch: what lies past the end is dropped below
           uint4 x[U];
 #pragma unroll
@@ -182,7 +188,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           if (!whole) {
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-              const int v = thread + u * Shape::kSum, there = end - v * kWidth;
+              const int v = thread + u * Shape::kSum, there = left - v * kWidth;
               if (v == target) {
 #pragma unroll
                 for (int j = 0; j < kWords; ++j)
@@ -209,7 +215,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         sum.raise(capped<CAPPED>(V::top(top[0]), scale),
                   kRef ? capped<CAPPED>(V::top(top[kRows - 1]), scale) : 0.0f, scale);
         const float point = scale.point(sum.max), ref_point = scale.point(sum.ref_max);
-        Sum parts[4];
+        constexpr int kParts = 2;  // chains of additions
+        Sum parts[kParts];
         auto add = [&](auto exponent) {
 #pragma unroll
           for (int u = 0; u < U; ++u) {
@@ -220,7 +227,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               if (kRef) V::unpack(w[kRows - 1][u][j], zr);
 #pragma unroll
               for (int e = 0; e < kPer; ++e)
-                parts[(j * kPer + e) & 3].add(
+                parts[(j * kPer + e) % kParts].add(
                     exponent(capped<CAPPED>(z[e], scale), sum.max, point),
                     kRef ? exponent(capped<CAPPED>(zr[e], scale), sum.ref_max, ref_point) : 0.0f);
             }
@@ -231,12 +238,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         else
           add([&](float y, float, float here) { return fmaf(y, scale.factor, -here); });
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
+        for (int p = 0; p < kParts; ++p) {
           sum.sum += parts[p].sum, sum.plain += parts[p].plain;
           sum.ref_sum += parts[p].ref_sum, sum.cross += parts[p].cross;
         }
       }
-      sum.raise(chosen, ref_chosen, scale);  // in the maximum, not in the sum
+      sum.raise(info.chosen, info.ref_chosen, scale);  // in the maximum, not in the sum
       sum.merge_warp(scale);
       const uint32_t bar = shared_address(&ready[slot]);
       if (!kGrad && (turn > 0 || slot >= kSlots / 2)) {
@@ -288,7 +295,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&closed[(slot + kSlots - 1) % kSlots]));
       } else {
-        const int action = info.action, shift = shift_of(info.row);
+        const int action = info.action, shift = shift_of(info.row), lead = lead_of(info.row);
         const float point = total.point, factor = -coefficient / total.raw_sum;
         const float at_target =
             info.chosen_z == -infinity()
@@ -314,7 +321,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           const int first = first_column(c);
           T* out = out_row + first;
           const Cut<T> cut(out, columns(c));
-          const uint4* held = stages + stage * kPitch;
+          const uint4* held = stages + stage * kPitch + lead;
           const int at = shift + cut.head * int(sizeof(T));
           const int edge = me < 32 ? cut.edge(lane) : -1;
           float edge_z = 0.0f;
