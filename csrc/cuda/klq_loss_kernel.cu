@@ -7,7 +7,7 @@ namespace {
 
 template <bool GRAD>
 struct KLQLoss {
-  static constexpr bool kGrad = GRAD, kRef = false, kMoments = false, kHeavy = false;
+  static constexpr bool kGrad = GRAD, kRef = false, kMoments = false, kHeavy = true;
   KLQLossArgs a;
   const int32_t* active;
   int64_t count;

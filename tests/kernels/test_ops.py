@@ -121,13 +121,14 @@ def test_a_row_alone_equals_the_row_in_a_batch(spec, case, device, backend, dtyp
     """6-cases 21, 66: bit for bit for row kernels, whatever its neighbours and its place."""
     if spec.kind == "linear" or (spec.kind == "scan" and device != "cpu"):
         return  # the matrix product, and flat-tile scans, may sum in another order
+    scanned = ("q", "advantages", "returns") if spec.kind == "targets" and device != "cpu" else ()
     inputs = spec.inputs(device, dtype, case)
     whole = run(spec, inputs, backend)
     rows = leading_of(inputs)[0]
     for i in range(rows):
         alone = run(spec, pick(inputs, slice(i, i + 1)), backend)
         for name, x in alone.outputs.items():
-            if x.dim():
+            if x.dim() and name not in scanned:
                 assert same_bits(x, whole.outputs[name][i : i + 1]), name
         if "logits" in alone.grads and "values" in alone.grads:  # upstream is per token elsewhere
             assert same_bits(alone.grads["logits"], whole.grads["logits"][i : i + 1])
