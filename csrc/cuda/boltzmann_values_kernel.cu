@@ -10,7 +10,7 @@ namespace {
 // Rows of log pi_b + q / tau; terms with q = -inf or pi_b = 0 are -inf.
 template <class Reader, bool CAPPED>
 struct Exponents {
-  static constexpr int kWidth = Reader::kWidth, kUnroll = Reader::kUnroll / 2;
+  static constexpr int kWidth = Reader::kWidth, kUnroll = Reader::kUnroll;
   const Reader& in;  // q, with the reference beside it
   const Scale& scale;
   float ref_max, ref_log_sum, inverse_tau;
@@ -40,7 +40,7 @@ struct Reference {
 };
 
 template <class Reader, bool CAPPED, int LANES>
-__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::blocks())
     boltzmann_values_kernel(const Rows rows, const Rows refs, const Scale scale, const Scale one,
                             float tau, float* values) {
   RowGroup<LANES> group;

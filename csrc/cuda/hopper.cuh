@@ -47,12 +47,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
       : "memory");
 }
 // Both addresses and `bytes` are multiples of 16.
-// KEEP: the lines stay in L2 until they are written back, which makes the pass in place 2 to 6 %
+// keep: the lines stay in L2 until they are written back, which makes a pass in place 2 to 6 %
 // faster (H200, 2026-11-22).
-template <bool KEEP>
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t bar) {
-  if constexpr (KEEP) {
+                                          uint32_t bar, bool keep) {
+  if (keep) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     asm volatile(

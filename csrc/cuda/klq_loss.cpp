@@ -26,11 +26,8 @@ Loss run(const char* op, const Tensor& logits, const Rows& rows, const Rows* gra
   const Array<float> norm(op, "normalizer", normalizer, f32, logits, 1);
   const Mask use(op, mask, logits, n, stream);
   const bool half = rows.type == Type::f16;
-  auto tokens = [&](bool wanted) {
-    return wanted ? new_floats(logits, actions.sizes()) : new_vector(logits, 0);
-  };
-  Loss out{new_floats(logits, {}), new_vector(logits, 4), tokens(gradient),
-           tokens(gradient && half)};
+  Loss out{new_floats(logits, {}), new_vector(logits, 4), new_tokens(logits, actions, gradient),
+           new_tokens(logits, actions, gradient && half)};
   Tensor scratch = new_vector(logits, 2 * n);
   KLQLossArgs a{};
   a.actions = ids.data, a.values = v.data, a.ref_logprobs = ref.data, a.returns = g.data;

@@ -7,7 +7,7 @@ namespace {
 
 template <bool GRAD>
 struct KLQLoss {
-  static constexpr bool kGrad = GRAD, kRef = false, kMoments = false, kHeavy = true;
+  static constexpr bool kGrad = GRAD, kRef = false, kMoments = false, kHeavy = false;
   KLQLossArgs a;
   const int32_t* active;
   int64_t count;
@@ -25,8 +25,9 @@ struct KLQLoss {
   __device__ float finish(const RowInfo<KLQLoss>& info, const Sums<false, false>&,
                           const RowSum& row, const Scale&, int who) const {
     const Inputs& in = info.inputs;
-    const double logprob = info.action >= 0 ? row.logprob : double(not_a_number());
-    const double residual = a.tau * (logprob - in.ref_logprob) + in.value - in.target;
+    // rounded, so that it differs from a cached log-prob of the same model by exactly 0
+    const float logprob = info.action >= 0 ? float(row.logprob) : not_a_number();
+    const double residual = a.tau * (double(logprob) - in.ref_logprob) + in.value - in.target;
     const double dq = 2.0 * in.weight * residual / in.normalizer;
     float coefficient = float(a.tau * dq), undo = 1.0f;
     if (a.unscale) {
@@ -41,7 +42,7 @@ struct KLQLoss {
     }
     if (who == 0) {
       const int64_t r = info.index;
-      a.logprobs[r] = float(logprob), a.residuals[r] = float(residual);
+      a.logprobs[r] = logprob, a.residuals[r] = float(residual);
       if (a.dvalues) a.dvalues[r] = float(dq);
       if (a.unscale) a.unscale[r] = undo;
     }

@@ -17,7 +17,7 @@ struct Floats : Array<float> {
       tensor = torch::stable::clone(*tensor);
       data = static_cast<const float*>(tensor->data_ptr());
     }
-    reals = {data, Real::f32, true};
+    reals = {data, Type::f32, true};
   }
 };
 
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> klq_targets(
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
   const Rows rows = rows_of(op, logits);
-  const Rows ref = ref_logits ? rows_like(op, *ref_logits, rows) : Rows{};
+  const Rows ref = ref_logits ? rows_like(op, *ref_logits, logits, rows) : Rows{};
   const int64_t n = rows.count;
   const SequencesInput seqs(op, actions, cu_seqlens);
   const int64_t per = seqs.per_sequence();
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> klq_targets(
   t.logprobs = floats(lp), t.ref_logprobs = floats(rp), t.log_ratios = floats(rho);
   t.arrived = static_cast<int32_t*>(arrived.data_ptr());
   t.scan.seqs = seqs.seqs;
-  t.scan.log_ratios = {rho.data_ptr(), Real::f32, true};
+  t.scan.log_ratios = {rho.data_ptr(), Type::f32, true};
   t.scan.values = v.reals, t.scan.rewards = r.reals;
   t.scan.lam_rows = lams.reals, t.scan.bootstrap = boot.reals;
   if (use.bits.data) {

@@ -35,6 +35,7 @@ struct Targets {
       const int from = __ffs(int(done)) - 1;
       const int64_t sequence = __shfl_sync(~0u, at.index, from);
       const int64_t begin = __shfl_sync(~0u, at.begin, from), end = __shfl_sync(~0u, at.end, from);
+      __syncwarp();
       __threadfence();
       const Group<0> warp{32, int(threadIdx.x) % 32};
       scan_sequence<true>(a.scan, warp, sequence, begin, end, chunks_between(begin, end, 32));
@@ -54,6 +55,8 @@ struct Targets {
       }
       a.logprobs[r] = logprob, a.ref_logprobs[r] = ref_logprob;
       a.log_ratios[r] = logprob - ref_logprob;
+      Cursor at(a.scan.seqs);
+      if (!at.seek(r)) a.scan.q[r] = a.scan.advantages[r] = a.scan.returns[r] = not_a_number();
     }
     arrive(r, who == 0);
     return 0.0f;
@@ -74,7 +77,8 @@ cudaError_t target_rows(const Rows& rows, const Rows* ref, const ActiveRows& act
                         Scaling scaling, const TargetArgs& args, cudaStream_t stream) {
   if (rows.count == 0) return cudaSuccess;
   const size_t bytes = size_t(args.scan.seqs.count) * sizeof(int32_t);
-  if (cudaError_t e = cudaMemsetAsync(args.arrived, 0, bytes, stream)) return e;
+  if (bytes)
+    if (cudaError_t e = cudaMemsetAsync(args.arrived, 0, bytes, stream)) return e;
   const RowSet set{rows, ref, nullptr, active};
   return ref ? launch(set, scaling, Targets<true>{args}, stream)
              : launch(set, scaling, Targets<false>{args}, stream);

@@ -5,14 +5,14 @@
 
 #include <cstdint>
 
-namespace klq::cuda {
+#include "cuda/types.h"
 
-enum class Real : int32_t { f32, bf16, f16 };
+namespace klq::cuda {
 
 // A floating input, contiguous; null data: absent.
 struct Reals {
   const void* data = nullptr;
-  Real type = Real::f32;
+  Type type = Type::f32;
   bool vector = false;  // four tokens may be read as one: the pointer is aligned for it
 };
 

@@ -188,7 +188,7 @@ ScanPlan plan_scan(const Sequences& seqs) {
 cudaError_t launch_scan(const ScanArgs& args, const ScanPlan& plan, double* scratch,
                         cudaStream_t stream) {
   if (args.seqs.tokens == 0) return cudaSuccess;
-  const auto plain = [](const Reals& x) { return !x.data || (x.type == Real::f32 && x.vector); };
+  const auto plain = [](const Reals& x) { return !x.data || (x.type == Type::f32 && x.vector); };
   const bool all_plain = plain(args.log_ratios) && plain(args.values) && plain(args.rewards) &&
                          (!args.mask || args.mask_vector) && !args.trace.data &&
                          !args.lam_rows.data && args.outputs_vector;

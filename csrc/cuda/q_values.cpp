@@ -10,7 +10,7 @@ Tensor q_values(Tensor logits, Tensor ref_logits, Tensor values, double tau, dou
                 double softcap) {
   const char* op = "q_values";
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Rows rows = rows_of(op, logits), ref = rows_like(op, ref_logits, rows);
+  const Rows rows = rows_of(op, logits), ref = rows_like(op, ref_logits, logits, rows);
   const Array<float> v(op, "values", values, ScalarType::Float, logits, rows.count);
   Tensor q = new_floats(logits, logits.sizes());
   STD_CUDA_CHECK(q_value_rows(rows, ref, {temperature, softcap}, float(tau), v.data, floats(q),

@@ -7,7 +7,7 @@ namespace klq::cuda {
 namespace {
 
 template <class Reader, bool CAPPED, int LANES>
-__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::blocks())
     q_values_kernel(const Rows rows, const Rows refs, const Scale scale, float tau,
                     const float* values, float* q) {
   constexpr int kWidth = Reader::kWidth;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of logits and their masks, from stable-ABI tensors to what the row launchers take.
 #pragma once
+#include <vector>
+
 #include "cuda/glue.h"
 #include "cuda/rows.h"
 #include "layout.h"
@@ -8,6 +10,7 @@
 namespace klq::cuda {
 
 inline Rows rows_of(const char* op, const Tensor& x) {
+  KLQ_CHECK(op, x.is_cuda(), "rows must be on a CUDA device");
   const RowLayout l = row_layout(op, x);
   Rows r;
   r.data = x.data_ptr();
@@ -24,16 +27,19 @@ inline Rows rows_of(const char* op, const Tensor& x) {
     default:
       KLQ_CHECK(op, false, "rows on CUDA are float32, bfloat16 or float16");
   }
-  constexpr int64_t limit = (int64_t(1) << 31) - 64;
-  KLQ_CHECK(op, l.count < limit && l.width < limit, "needs fewer than 2^31 rows and columns");
+  constexpr int64_t limit = (int64_t(1) << 31) - 4096;
+  KLQ_CHECK(op, l.count < limit && l.width < limit,
+            "needs fewer than 2^31 - 4096 rows and columns");
   r.width = l.width, r.count = l.count;
   r.inner = l.inner, r.inner_stride = l.inner_stride, r.outer_stride = l.outer_stride;
   return r;
 }
 
 // The reference's rows, of the shape of `like`.
-inline Rows rows_like(const char* op, const Tensor& x, const Rows& like) {
+inline Rows rows_like(const char* op, const Tensor& x, const Tensor& logits, const Rows& like) {
   const Rows r = rows_of(op, x);
+  KLQ_CHECK(op, x.get_device_index() == logits.get_device_index(),
+            "both logits must be on the same device");
   KLQ_CHECK(op, r.count == like.count && r.width == like.width,
             "both logits must have the same shape");
   return r;
@@ -68,6 +74,11 @@ inline Tensor new_stacked(const Tensor& logits, int64_t k, const Tensor& actions
   std::vector<int64_t> shape{k};
   for (int64_t d = 0; d < actions.dim(); ++d) shape.push_back(actions.size(d));
   return new_floats(logits, shape);
+}
+
+// [*actions.shape], or [0] where a result is not wanted
+inline Tensor new_tokens(const Tensor& logits, const Tensor& actions, bool wanted) {
+  return wanted ? new_floats(logits, actions.sizes()) : new_vector(logits, 0);
 }
 
 // A mask, and the end of packed sequences, on their way to the kernels; keeps the list's memory

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses and launches the row kernel for a shape: ring or stream, and how a row is cut. Chosen
-// from shapes, types and addresses only, never from how many rows there are, so that a row gives
-// the same bits alone and in a batch.
+// from widths and types only, never from how many rows there are, so that a row gives the same bits
+// alone and in a batch; and all passes without a gradient cut a row alike, so that a log-prob has
+// the same bits from every op.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -43,56 +44,69 @@ inline cudaError_t this_device(Device* d) {
 
 // A kernel made ready for one device, once.
 struct RingKernel {
-  cudaError_t error = cudaSuccess;
-  bool usable = false;   // built for an architecture that has bulk copies
+  bool usable = false;   // built for an architecture that has bulk copies, and it fits
   int clusters[9] = {};  // how many clusters of a size the device holds at once
 };
 
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
-const RingKernel& ring_kernel(const Device& device) {
-  static RingKernel table[kMaxDevices];
-  static std::once_flag once[kMaxDevices];
-  RingKernel& k = table[device.id];
-  std::call_once(once[device.id], [&] {
-    auto kernel = row_ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>;
-    cudaFuncAttributes found{};
-    if ((k.error = cudaFuncGetAttributes(&found, kernel))) return;
-    k.usable = found.ptxVersion >= 90 &&
-               int64_t(found.sharedSizeBytes) + Shape::kBytes <= int64_t(device.shared);
-    if (!k.usable) return;
-    k.error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
-    for (int size = 1; size <= 8 && !k.error; ++size) {
-      k.clusters[size] = device.sms * Shape::kBlocks / size;
-      if (size == 1) continue;
-      if (!CLUSTERED) break;
-      cudaLaunchAttribute cluster{};
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {unsigned(size), 1, 1};
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(size);
-      config.blockDim = dim3(Shape::kThreads);
-      config.dynamicSmemBytes = Shape::kBytes;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-      // processor groups whose size is no multiple of the cluster's hold fewer
-      k.error = cudaOccupancyMaxActiveClusters(&k.clusters[size], kernel, &config);
+cudaError_t prepare_ring(const Device& device, RingKernel* k) {
+  auto kernel = row_ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>;
+  cudaFuncAttributes found{};
+  if (cudaError_t e = cudaFuncGetAttributes(&found, kernel)) return e;
+  k->usable = found.ptxVersion >= 90 &&
+              int64_t(found.sharedSizeBytes) + Shape::kBytes <= int64_t(device.shared);
+  if (!k->usable) return cudaSuccess;
+  constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, kShared, Shape::kBytes)) return e;
+  k->clusters[1] = device.sms * Shape::kBlocks;
+  for (int size = 2; CLUSTERED && size <= 8; size *= 2) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(size), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(Shape::kThreads);
+    config.dynamicSmemBytes = Shape::kBytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    // processor groups whose size is no multiple of the cluster's hold fewer
+    if (cudaOccupancyMaxActiveClusters(&k->clusters[size], kernel, &config)) {
+      k->clusters[size] = 0;
+      cudaGetLastError();
     }
-  });
-  return k;
+  }
+  return cudaSuccess;
+}
+
+template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
+cudaError_t ring_kernel(const Device& device, RingKernel* out) {
+  static RingKernel table[kMaxDevices];
+  static bool ready[kMaxDevices];
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!ready[device.id]) {
+    RingKernel made;
+    if (cudaError_t e = prepare_ring<T, CAPPED, Op, CLUSTERED, Shape>(device, &made)) return e;
+    table[device.id] = made;
+    ready[device.id] = true;
+  }
+  *out = table[device.id];
+  return cudaSuccess;
 }
 
 // *done = false: this device or this build has no ring for the shape.
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
 cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int cluster,
                         const Device& device, cudaStream_t stream, bool* done) {
-  const RingKernel& k = ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>(device);
-  if (k.error || !k.usable || k.clusters[cluster] < 1) return k.error;
+  RingKernel k;
+  if (cudaError_t e = ring_kernel<T, CAPPED, Op, CLUSTERED, Shape>(device, &k)) return e;
+  if (!k.usable || k.clusters[cluster] < 1) return cudaSuccess;
   Ring ring{};
   const int units = int((set.rows.width + Vec<T>::kWidth - 1) / Vec<T>::kWidth);
   ring.cluster = cluster;
   ring.slice = ((units + cluster - 1) / cluster + 7) / 8 * 8;  // whole 128-byte lines
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
+  ring.keep = set.out && set.out->data == set.rows.data;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
   const int clusters = int(std::min<int64_t>(k.clusters[cluster], set.rows.count));
   cudaLaunchAttribute attribute{};
@@ -148,10 +162,9 @@ cudaError_t with_reader(const Rows& rows, const Rows* ref, const Rows* out, cons
   return rows.type == Type::bf16 ? typed(Tag<Vectors<bf16>>{}) : typed(Tag<Vectors<f16>>{});
 }
 
-constexpr int64_t kLongRow = 384 << 10;
 constexpr int64_t kShortRow = 16 << 10;  // bytes: a row whose second read comes from L1
 
-// *done = false: no ring for this shape, layout or device.
+// *done = false: no ring for this shape or device.
 template <class T, bool CAPPED, class Op>
 cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
                      cudaStream_t stream, bool* done) {
@@ -163,16 +176,10 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
       return launch_ring<T, CAPPED, Op, false, decltype(shape)>(set, scale, op, 1, device, stream,
                                                                 done);
     };
-    // what needs more registers gets fewer threads; few long rows want few blocks, so that they
-    // end together
-    if constexpr (kHeavy)
+    if constexpr (kHeavy)  // more registers
       return run(RingShape<256, 32, 2, 12, 2>{});
-    else if (bytes > kLongRow)
-      return run(RingShape<768, 32, 2, 8, 1>{});
-    else if constexpr (Op::kRef || Op::kMoments)
-      return run(RingShape<256, 32, 2, 8, 3>{});
     else
-      return run(RingShape<256, 32, 4, 4, 3>{});
+      return run(RingShape<256, 32, 2, 8, 3>{});
   } else {
     using Shape = RingShape<256, 256, 4, 13, 1>;
     // room for the row and for a quarter of it to be on its way

@@ -12,8 +12,8 @@
 //     and write it, while the summers are at the next row. Only then is a stage refilled.
 // Sums meet in `slots`, one a row, used in turn. With a gradient a row holds at least one stage
 // until its closers are done, so no role can be more than kStages rows ahead of a later role of its
-// block, nor 2 kStages ahead of another block's: kSlots covers that. Without one, summers wait
-// until the row kSlots / 2 before theirs is `closed`.
+// block, nor 2 kStages + 1 ahead of another block's. Without one, summers wait until the row kSlots
+// / 2 before theirs is `closed`, and the producer is at most kStages ahead of them.
 #pragma once
 #include "cuda/hopper.cuh"
 #include "cuda/row_sums.cuh"
@@ -31,7 +31,7 @@ struct RingShape {
   // a copy keeps its place in the 128-byte line, so that lines arrive whole
   static constexpr int kPitch = kStage + 8;
   static constexpr int kBytes = STAGES * kPitch * 16;
-  static_assert(kStage % 8 == 0 && 2 * STAGES + 2 <= kSlots);
+  static_assert(kStage % 8 == 0 && kStage % CLOSE == 0);
 };
 
 // How the rows spread over blocks: set by the launcher from shapes alone.
@@ -40,6 +40,7 @@ struct Ring {
   int slice;    // units of a row a block holds, at most
   int chunk;    // units of a slice in one stage, at most
   int chunks;   // stages a slice takes
+  bool keep;    // the row is written back where it was read
 };
 
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
@@ -50,6 +51,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   using V = Vec<T>;
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
   using Sum = Sums<kRef, Op::kMoments>;
+  static_assert(!kGrad || (!kRef && Sum::kFloats == 2));        // a stage a chunk; a pair a warp
+  static_assert(kGrad || (!CLUSTERED && Shape::kClose == 32));  // one warp says `closed`
+  static_assert(2 * Shape::kStages + (kGrad ? 2 : 4) <= kSlots);
   constexpr int kStages = Shape::kStages, U = Shape::kUnroll;
   constexpr int kPitch = Shape::kPitch;
   constexpr int kSummers = Shape::kSum / 32, kClosers = Shape::kClose / 32;
@@ -112,8 +116,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         const T* row = row_of<T>(rows, r);
         const T* ref_row = kRef ? row_of<T>(ref, r) : row;
         const bool known = action >= 0 && action < width;
-        info.row = reinterpret_cast<char*>(const_cast<T*>(row));
-        info.ref = reinterpret_cast<char*>(const_cast<T*>(ref_row));
+        info.row = reinterpret_cast<const char*>(row);
+        info.ref = reinterpret_cast<const char*>(ref_row);
         info.index = int(r);
         info.action = known ? int(action) : -1;
         info.chosen_z = known ? V::get(row + action) : -infinity();
@@ -139,9 +143,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
               barrier_expect(bar, aligned);
               if (aligned)
-                bulk_load<kGrad>(shared_address(stages + stage * kPitch + lead_of(row)),
-                                 row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)),
-                                 aligned, bar);
+                bulk_load(shared_address(stages + stage * kPitch + lead_of(row)),
+                          row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)), aligned, bar,
+                          kGrad && ring.keep);
               if (++stage == kStages) stage = 0, ++phase;
             }
           }
@@ -273,11 +277,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     // --- closers
     const int me = thread - Shape::kSum;
     const int who = rank == 0 ? me : Shape::kThreads;  // 0: the thread that writes for the row
-    uint32_t stage = 0, parity = 0;
+    uint32_t stage = 0, phase = 0, parity = 0;
     int slot = 0;
     for (int64_t i = first; i < active; i += step) {
       const uint32_t bar = shared_address(&ready[slot]);
       barrier_wait<CLUSTERED>(bar, parity);
+      // what other blocks sent says nothing of this block's `infos` and copies
+      if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
       Sum sum;
       if (lane < pairs) sum.load(partial[slot][lane]);
       if (kPairs > 32 && lane + 32 < pairs) {
@@ -301,19 +307,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             info.chosen_z == -infinity()
                 ? 0.0f
                 : coefficient * (total.rest / total.total) * slope<CAPPED>(info.chosen_z, scale);
-        const float scaled_factor = CAPPED ? factor : factor * scale.inverse;
+        const float scaled_factor = factor * scale.inverse;
         auto gradient = [&](float z) {
-          const float y = capped<CAPPED>(z, scale);
-          return CAPPED
-                     ? factor * slope<CAPPED>(z, scale) * exp2_fast(fmaf(y, scale.factor, -point))
-                     : scaled_factor * exp2_fast(fmaf(y, scale.factor, -point));
+          return scaled_factor * exp2_fast(fmaf(z, scale.factor, -point));
         };
-        // a banned token keeps gradient 0, whatever the coefficient
+        // a token of probability 0 keeps gradient 0, whatever the coefficient
         auto careful = [&](float z) {
           const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, point));
-          return z == -infinity() ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
+          return e == 0.0f ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
         };
-        const bool ordinary = fabsf(scaled_factor) < infinity() && !scale.huge(total.max);
+        const bool ordinary =
+            !CAPPED && fabsf(scaled_factor) < infinity() && !scale.huge(total.max);
         T* out_row = row_of<T>(gradients, info.index);
         constexpr int kLoads = Shape::kStage / Shape::kClose;
         for (int c = 0; c < ring.chunks; ++c) {
@@ -322,6 +326,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           T* out = out_row + first;
           const Cut<T> cut(out, columns(c));
           const uint4* held = stages + stage * kPitch + lead;
+          if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
           const int at = shift + cut.head * int(sizeof(T));
           const int edge = me < 32 ? cut.edge(lane) : -1;
           float edge_z = 0.0f;
@@ -362,7 +367,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             write(gradient);
           else
             write(careful);
-          if (++stage == kStages) stage = 0;
+          if (++stage == kStages) stage = 0, phase ^= 1;
           if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
           // the chosen token's own element, by the thread that wrote its vector
           const int in_body = action - first - cut.head;
@@ -380,6 +385,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     }
   }
+  __syncwarp();
   if (CLUSTERED) cluster_sync();  // no block leaves while another may still write to it
 #endif
 }

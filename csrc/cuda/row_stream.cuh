@@ -12,7 +12,7 @@ namespace klq::cuda {
 template <class T>
 struct Vectors {
   using V = Vec<T>;
-  static constexpr int kWidth = V::kWidth, kUnroll = 4;
+  static constexpr int kWidth = V::kWidth, kUnroll = 2;
   const T *row, *ref;
   T* out;
   int width;
@@ -104,7 +104,8 @@ template <int LANES>
 struct RowGroup {
   static constexpr int kWarps = LANES / 32, kThreads = LANES < 128 ? 128 : LANES;
   static constexpr int kTogether = kThreads / LANES;
-  static constexpr int kBlocks = 768 / kThreads;  // an SM, so that 80 registers are allowed
+  // blocks an SM, so that 80 registers are allowed, or 128
+  static constexpr int blocks(bool heavy = false) { return (heavy ? 512 : 768) / kThreads; }
   int thread = threadIdx.x % LANES, warp = thread / 32, lane = thread % 32;
   int64_t first = int64_t(blockIdx.x) * kTogether + threadIdx.x / LANES;
   int64_t step = int64_t(gridDim.x) * kTogether;
@@ -118,7 +119,7 @@ __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int acti
                                                       float ref_chosen, const Scale& scale,
                                                       RowGroup<LANES>& group) {
   using Sum = Sums<REF, MOMENTS>;
-  constexpr int kWidth = Reader::kWidth, U = REF || CAPPED ? Reader::kUnroll / 2 : Reader::kUnroll;
+  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll;
   __shared__ float partial[2][RowGroup<LANES>::kWarps][Sum::kFloats];
   const int units = in.units();
   Sum sum;
@@ -174,11 +175,11 @@ __device__ void zero_row(const Rows& rows, const Rows& gradients, int64_t r,
 }
 
 template <class Reader, bool CAPPED, class Op, int LANES>
-__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::blocks(Op::kHeavy))
     row_stream_kernel(const Rows rows, const Rows ref, const Rows gradients,
                       const ActiveRows active_rows, const Scale scale, const Op op) {
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
-  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll / 2;
+  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll;
   RowGroup<LANES> group;
   const int thread = group.thread;
   const int64_t active = active_rows.list ? int64_t(*active_rows.active) : rows.count;
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kB
       auto gradient = [&](float z, int column) {
         if (column == action) return at_target;
         const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, total.point));
-        return z == -infinity() ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
+        return e == 0.0f ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
       };
       for (int base = thread; base < units; base += LANES * U) {
         float z[U * kWidth];

@@ -17,9 +17,10 @@ struct Sums {
   float plain = 0.0f, cross = 0.0f;
   static constexpr int kFloats = 2 + 2 * REF + (1 + REF) * MOMENTS;
 
-  // difference of the points of two maxima
+  // what an exponent changes by when the maximum moves
   static __device__ __forceinline__ float shift(float from, float to, const Scale& s) {
-    return s.huge(to) ? (from - to) * s.factor : s.point(from) - s.point(to);
+    if (from == -infinity()) return 0.0f;  // there were no terms
+    return (from - to) * s.factor - (s.excess(from) - s.excess(to));
   }
   // moves the reference points up to what is now the largest element
   __device__ __forceinline__ void raise(float to, float ref_to, const Scale& s) {
@@ -28,9 +29,10 @@ struct Sums {
     const float by = up ? shift(max, to, s) : 0.0f;
     const float ref_by = ref_up ? shift(ref_max, ref_to, s) : 0.0f;
     const float f = !up ? 1.0f : max == -infinity() ? 0.0f : exp2_fast(by);
-    if (MOMENTS) plain = f * fmaf(by, sum, plain);
+    // by may be -inf where f is 0; a NaN among the terms still shows in their sum
+    if (MOMENTS) plain = f > 0.0f ? f * fmaf(by, sum, plain) : 0.0f;
     // one step for both, so that a model and itself differ by exactly 0
-    if (MOMENTS && REF) cross = f * fmaf(by - ref_by, sum, cross);
+    if (MOMENTS && REF) cross = f > 0.0f && sum > 0.0f ? f * fmaf(by - ref_by, sum, cross) : 0.0f;
     sum *= f;
     max = up ? to : max;
     if (ref_up) {
@@ -136,7 +138,7 @@ struct RowSum {
 // What is known of a row before it is read:
 template <class Op>
 struct RowInfo {
-  char *row, *ref;
+  const char *row, *ref;
   float chosen, ref_chosen;  // y of the action; -inf where it is none of the columns
   float chosen_z;
   int action;  // -1 where it is none of the columns
@@ -152,10 +154,12 @@ __device__ inline void moments(const Sums<REF, true>& sums, const RowSum& row, c
   const float t = s.exponent(row.chosen, row.max, row.point), e = exp2_fast(t);
   const float mean = (sums.plain + e * fmaxf(t, -16384.0f)) / row.raw_sum;
   *entropy = float(row.log_sum) - (mean - row.excess) * kLn2;
+  if (!(fabsf(row.max) < infinity())) *entropy = not_a_number();
   if (!REF) return;
   const float u = s.exponent(ref.chosen, ref.max, ref.point);
   const float cross = (sums.cross + (e > 0.0f ? e * (t - u) : 0.0f)) / row.raw_sum;
   *kl = (cross - (row.excess - ref.excess)) * kLn2 - float(row.log_sum - ref.log_sum);
+  if (!(fabsf(row.max) < infinity() && fabsf(ref.max) < infinity())) *kl = not_a_number();
 }
 
 }  // namespace klq::cuda

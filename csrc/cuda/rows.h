@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace klq::cuda {
+#include "cuda/types.h"
 
-enum class Type : uint8_t { f32, bf16, f16 };
+namespace klq::cuda {
 
 // count rows of width elements; row i starts outer_stride * (i / inner) + inner_stride * (i %
 // inner) elements after data; all offsets are 64-bit. count < 2^31, checked by the glue.

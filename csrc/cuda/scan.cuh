@@ -136,14 +136,14 @@ struct Cursor {
   }
 };
 
-__device__ inline float widen(uint32_t bits, Real type) {
-  if (type == Real::f32) return __uint_as_float(bits);
-  return type == Real::bf16 ? __uint_as_float(bits << 16)
+__device__ inline float widen(uint32_t bits, Type type) {
+  if (type == Type::f32) return __uint_as_float(bits);
+  return type == Type::bf16 ? __uint_as_float(bits << 16)
                             : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 // The L2-coherent loads also see what this launch wrote (klq_targets' log-ratios).
 __device__ inline float load(const Reals& x, int64_t i) {
-  return widen(x.type == Real::f32 ? __ldcg(static_cast<const unsigned int*>(x.data) + i)
+  return widen(x.type == Type::f32 ? __ldcg(static_cast<const unsigned int*>(x.data) + i)
                                    : __ldcg(static_cast<const unsigned short*>(x.data) + i),
                x.type);
 }
@@ -164,7 +164,7 @@ __device__ Raw load_raw(const Reals& x, int64_t t, int count) {
   } else {
     Raw raw{};
     const bool whole = x.vector && count == kLaneTokens;
-    if (x.type == Real::f32) {
+    if (x.type == Type::f32) {
       if (whole) return load_floats(x.data, t);
       for (int k = 0; k < kLaneTokens; ++k)
         if (k < count) raw.word[k] = __ldcg(static_cast<const unsigned int*>(x.data) + t + k);
@@ -181,8 +181,8 @@ __device__ Raw load_raw(const Reals& x, int64_t t, int count) {
   }
 }
 template <bool kPlain>
-__device__ float at(const Raw& raw, int k, Real type) {
-  return kPlain || type == Real::f32 ? __uint_as_float(raw.word[k])
+__device__ float at(const Raw& raw, int k, Type type) {
+  return kPlain || type == Type::f32 ? __uint_as_float(raw.word[k])
                                      : widen(raw.word[k / 2] >> (k % 2 * 16) & 0xffff, type);
 }
 
@@ -337,9 +337,8 @@ __device__ ScanMap scan_range(const ScanArgs& s, const Members& group, int64_t b
 
 // The sequence [begin, end), from its bootstrap, by one group. Other kernels may call it for what
 // they wrote themselves, once that is visible: inputs are never read through the read-only path.
-//   __shared__ ScanMap maps[2][8];
-//   const Group<8> block{256, int(threadIdx.x), maps};
-//   scan_sequence<false>(s, block, sequence, begin, end, chunks_between(begin, end, 256));
+//   const Group<0> warp{32, int(threadIdx.x) % 32};
+//   scan_sequence<true>(s, warp, sequence, begin, end, chunks_between(begin, end, 32));
 template <bool kPlain, class Members>
 __device__ void scan_sequence(const ScanArgs& s, const Members& group, int64_t sequence,
                               int64_t begin, int64_t end, int chunks) {

@@ -19,10 +19,10 @@ struct RealInput : Input {
               type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
               name, " must be float32, bfloat16 or float16 on CUDA");
     reals.data = data();
-    reals.type = type == ScalarType::Float      ? Real::f32
-                 : type == ScalarType::BFloat16 ? Real::bf16
-                                                : Real::f16;
-    reals.vector = aligned(reals.type == Real::f32 ? 16 : 8);
+    reals.type = type == ScalarType::Float      ? Type::f32
+                 : type == ScalarType::BFloat16 ? Type::bf16
+                                                : Type::f16;
+    reals.vector = aligned(reals.type == Type::f32 ? 16 : 8);
   }
 };
 

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> token_log_ratios(Tensor logits, Tensor ref_logits, Te
   const char* op = "token_log_ratios";
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
-  const Rows rows = rows_of(op, logits), ref = rows_like(op, ref_logits, rows);
+  const Rows rows = rows_of(op, logits), ref = rows_like(op, ref_logits, logits, rows);
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, logits, rows.count);
   const Mask use(op, mask, logits, rows.count, stream);
   Tensor ratios = new_floats(logits, actions.sizes());

@@ -7,10 +7,10 @@ namespace klq::cuda {
 namespace {
 
 template <class Reader, bool CAPPED, int LANES>
-__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kBlocks)
+__global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::blocks())
     token_logprobs_bwd_kernel(const Rows rows, const Rows gradients, const Scale scale,
                               const LogprobGradArgs a) {
-  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll / 2;
+  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll;
   const RowGroup<LANES> group;
   for (int64_t r = group.first; r < rows.count; r += group.step) {
     if (a.mask && !a.mask[r]) {
@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::kB
                             : expf(a.row_stats[2 * rows.count + r] - a.row_stats[r]);
     const float total = rest + own, factor = -grad * undo / total;
     auto gradient = [&](float z, int column) {
+      const float s = slope<CAPPED>(z, scale), e = exponential(z);
       if (z == -infinity()) return 0.0f;
-      const float s = slope<CAPPED>(z, scale);
       if (column == action) return grad * (rest / total) * s;
-      return factor * s * exponential(z);
+      return e == 0.0f ? 0.0f : factor * s * e;
     };
     const int units = in.units();
     for (int base = group.thread; base < units; base += LANES * U) {

@@ -11,14 +11,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor act
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
   const Rows rows = rows_of(op, logits);
-  const Rows ref = ref_logits ? rows_like(op, *ref_logits, rows) : Rows{};
+  const Rows ref = ref_logits ? rows_like(op, *ref_logits, logits, rows) : Rows{};
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, logits, rows.count);
   const Mask use(op, mask, logits, rows.count, stream);
-  auto fresh = [&](bool wanted) {
-    return wanted ? new_floats(logits, actions.sizes()) : new_vector(logits, 0);
-  };
-  Tensor logprobs = fresh(true), entropy = fresh(true);
-  Tensor ref_logprobs = fresh(ref_logits.has_value()), kl = fresh(ref_logits.has_value());
+  const bool both = ref_logits.has_value();
+  Tensor logprobs = new_tokens(logits, actions, true), entropy = new_tokens(logits, actions, true);
+  Tensor ref_logprobs = new_tokens(logits, actions, both), kl = new_tokens(logits, actions, both);
   RowOutputs out{};
   out.actions = ids.data, out.logprobs = floats(logprobs), out.entropy = floats(entropy);
   if (ref_logits) {

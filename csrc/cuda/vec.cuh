@@ -154,9 +154,9 @@ struct Scale {
     const float q = z * inv_cap, left = fmaf(-q, softcap, z);
     return fabsf(left) < infinity() ? fmaf(left, inv_cap, q) : q;
   }
-  // Whether products with `factor` may not stay finite; then only differences are scaled.
+  // Whether the rounding of a point would show; then differences are scaled, not products.
   __device__ __forceinline__ bool huge(float max) const {
-    return fabsf(max) * factor > 1e38f && fabsf(max) < infinity();
+    return fabsf(max) * factor > 16384.0f && fabsf(max) < infinity();
   }
   // Where exponents are reckoned from; never infinite below, where -inf - -inf would be NaN.
   __device__ __forceinline__ float point(float max) const {

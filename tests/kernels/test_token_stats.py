@@ -3,10 +3,11 @@
 
 import math
 
+import pytest
 import torch
 from oracle import everywhere, same_bits
 
-from klq_kernels import token_logprobs, token_stats
+from klq_kernels import klq_targets, token_logprobs, token_stats
 
 places = everywhere("token_stats")
 
@@ -63,3 +64,47 @@ def test_log_probs_are_those_of_token_logprobs(device, backend):
     stats = token_stats(z, actions, ref_logits=b, **how)
     assert same_bits(stats.logprobs, token_logprobs(z, actions, **how))
     assert same_bits(stats.ref_logprobs, token_logprobs(b, actions, **how))
+
+
+@places
+@pytest.mark.parametrize("low", [-1e9, -3.4e38])
+def test_masks_made_of_large_negative_logits(device, backend, low):
+    """A top-k or grammar mask of finfo.min is no -inf, but as good as one."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.full((3, 50304), low)
+    logits[:, :100] = torch.randn(3, 100, generator=generator)
+    logits[2] = logits[2].flip(0)
+    reference = logits + 0.1 * torch.randn(3, 50304, generator=generator)
+    logits, reference = logits.to(device), reference.to(device)
+    actions = torch.tensor([5, 99, 50304 - 7], device=device)
+    out = token_stats(logits, actions, ref_logits=reference, backend=backend)
+    truth = token_stats(
+        logits.double(), actions, ref_logits=reference.double(), backend="reference"
+    )
+    for got, want in zip(out, truth, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+
+
+@places
+def test_rows_of_one_huge_value_and_of_nothing(device, backend):
+    """Flat rows at the edge of float32 have their entropy; a row without any token has none."""
+    logits = torch.full((2, 1000), 3e38, device=device)
+    logits[1] = -torch.inf
+    out = token_stats(logits, torch.tensor([3, 3], device=device), backend=backend)
+    torch.testing.assert_close(out.entropy[0].cpu(), torch.tensor(1000.0).log())
+    assert out.logprobs[1].isnan() and out.entropy[1].isnan()
+
+
+@places
+def test_every_op_gives_a_log_prob_the_same_bits(device, backend):
+    """6-cases 73 at a vocabulary that takes the long-row kernels."""
+    logits = (
+        torch.randn(60, 50304, generator=torch.Generator().manual_seed(3)).bfloat16().to(device)
+    )
+    actions = torch.randint(50304, (60,), generator=torch.Generator().manual_seed(4)).to(device)
+    alone = token_logprobs(logits, actions, backend=backend)
+    stats = token_stats(logits, actions, ref_logits=logits, backend=backend)
+    zero = torch.zeros(60, device=device)
+    targets = klq_targets(logits, actions, zero, zero, ref_logprobs=alone, tau=0.1, backend=backend)
+    assert torch.equal(alone, stats.logprobs) and torch.equal(alone, stats.ref_logprobs)
+    assert torch.count_nonzero(targets.log_ratios) == 0
