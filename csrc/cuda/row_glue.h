@@ -7,7 +7,12 @@
 
 namespace klq::cuda {
 
+// Of logits on the device that is current: every op sets that to its first argument's.
 inline Rows rows_of(const char* op, const Tensor& x) {
+  int device = -1;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  KLQ_CHECK(op, x.is_cuda() && x.get_device_index() == device,
+            "all inputs must be on one CUDA device");
   const RowLayout l = row_layout(op, x);
   Rows r;
   r.data = x.data_ptr();
