@@ -2,11 +2,13 @@
 #   make demo    a language model learns by KLQ, on the GPU when there is one
 #   make test    the whole test suite
 # make gpu, on a machine with an NVIDIA GPU: build for it, check every kernel on it, measure
+# make sanitize, there too: every kernel under compute-sanitizer
 # All set up .venv by themselves. PYTHON=python3 uses that interpreter and its packages instead.
 
 TORCH ?= torch==2.13.0
 PYTHON ?=
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+TOOLS ?= memcheck racecheck initcheck
 RUNS ?= runs
 OUT ?= benchmarks/results
 
@@ -19,7 +21,7 @@ READY := in-place
 endif
 
 # demo and test: on a machine others use too, OMP_NUM_THREADS=1 avoids stalls between threads
-.PHONY: demo test bench gpu lint format in-place clean
+.PHONY: demo test bench gpu sanitize lint format in-place clean
 
 demo: $(READY)
 	$(PY) -m klq.cli train --preset exact --output_dir $(RUNS)/exact --overwrite
@@ -36,6 +38,15 @@ gpu: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 gpu: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 8 --dist worksteal tests/kernels
 	$(PY) -m benchmarks.gpu --out $(OUT)
+
+# a cudaMalloc a tensor: in a cached block nothing ends where the tensor ends, nor begins unwritten
+sanitize: export KLQ_CUDA = 1
+sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0a
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
+sanitize: $(READY)
+	set -e; for tool in $(TOOLS); do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PY) -m pytest -q -m small -p no:xdist tests/kernels/test_gpu_small.py; done
 
 lint: $(READY)
 	$(PY) -m ruff check .

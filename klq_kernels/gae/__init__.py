@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generalised advantage estimation: the reverse scan of `lambda_returns` with Q = V."""
 
-import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Q, lambda-advantages and lambda-returns by one reverse scan over active tokens."""
 
-import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check

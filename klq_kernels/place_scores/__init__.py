@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence scores onto the last active token of their sequence."""
 
-import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
