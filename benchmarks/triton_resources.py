@@ -143,7 +143,7 @@ def compile(x: Launch, target: GPUTarget) -> Resources:
     source = ASTSource(x.kernel, signature, constants, attrs)
     options = dict(x.options)
     if target.backend == "hip":
-        options["num_warps"] = min(options["num_warps"], tt.MOST_WARPS_HIP)
+        options["num_warps"] = tt.hip_warps(options["num_warps"])
     made = triton.compile(source, target=target, options=options)
     shared = made.metadata.shared
     if target.backend == "hip":

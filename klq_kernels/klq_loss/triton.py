@@ -14,19 +14,23 @@ from torch import Tensor
 from klq_kernels import _triton as tt
 from klq_kernels._triton import (
     column,
-    gradient_factors,
+    cut,
+    edge_tile,
+    factor_of,
+    inner_tile,
     is_active,
     load_tile,
     logprob_of,
     row_at,
     row_target,
+    store_tile,
     wide,
-    write_gradient,
 )
+from klq_kernels.token_logprobs.triton import gradient_factors, write_gradient
 
-_STAGES = 2
-# Rows whose second read shall hit L2: with one 32-warp program an SM, 132 rows of 256 KiB are in
-# flight (34 MB of the H200's 60); short rows fit anyway and gain from more, smaller programs.
+# Rows whose second read shall hit L2: with two 16-warp programs an SM, one reading while the other
+# writes, 264 rows of 256 KiB are half read or half written, of which the H200's 60 MB hold what is
+# still to be read; short rows fit anyway and gain from more, smaller programs.
 _LONG_ROW = 160 << 10
 
 
@@ -86,18 +90,18 @@ def klq_loss_kernel(
     OUT_UNIT: tl.constexpr,
     KIND: tl.constexpr,
     R: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    V: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     active = is_active(mask, i)
     action, here = column(tl.load(actions + i).to(tl.int64), width)
     row = row_at(logits, i, inner, near, far, UNIT)
     KEEP: tl.constexpr = "" if dlogits is None else "evict_last"
-    top, rest, z_a, x_a = row_target(
-        row, width, active, action, here, inverse_t, cap, KIND, R, C, STAGES, KEEP
+    top, rest, y_a, x_a = row_target(
+        row, width, active, action, here, inverse_t, cap, KIND, R, L, V, KEEP
     )
-    logprob = logprob_of(top, rest, z_a, here)
+    logprob = logprob_of(top, rest, y_a, here, inverse_t)
     ref = tl.load(ref_logprobs + i, mask=active, other=0.0).to(tl.float64)
     v = tl.load(values + i, mask=active, other=0.0).to(tl.float64)
     g = tl.load(returns + i, mask=active, other=0.0).to(tl.float64)
@@ -114,19 +118,33 @@ def klq_loss_kernel(
             shift = tl.where(active, half_shift(coefficient, inverse_t), 0)
             coefficient = coefficient * power_of_two(shift).to(tl.float64)
             tl.store(unscale + i, power_of_two(-shift))
-        share, chosen = gradient_factors(coefficient, top, rest, z_a, x_a, inverse_t, cap, KIND)
+        e_a = tl.exp2((y_a - top) * factor_of(inverse_t))
+        share, chosen, plain = gradient_factors(
+            coefficient, top, rest, e_a, x_a, inverse_t, cap, KIND
+        )
         to = row_at(dlogits, i, out_inner, out_near, out_far, OUT_UNIT)
-        whole = tl.where(active, width // (R * C), 0)
-        for t in tl.range(0, whole, num_stages=STAGES):
+        TILE: tl.constexpr = R * L * V
+        hit, whole, fast, tiles = cut(width, action, active & plain, TILE)
+        for t in range(0, fast):
             write_gradient(
-                row, to, t, width, active, action, top, share, chosen, inverse_t, cap,
-                KIND, R, C, False,
+                row, to, inner_tile(t, hit), width, action, top, share, chosen, inverse_t, cap,
+                KIND, TILE, False, False,
             )  # fmt: skip
-        for t in range(whole, tl.cdiv(width, R * C)):  # of an inactive row: all, to 0
+        for t in range(fast, tiles):
             write_gradient(
-                row, to, t, width, active, action, top, share, chosen, inverse_t, cap,
-                KIND, R, C, True,
+                row, to, edge_tile(t, hit, whole), width, action, top, share, chosen, inverse_t,
+                cap, KIND, TILE, True, False,
             )  # fmt: skip
+        if not active:
+            zero, col = tl.zeros([TILE], tl.float32), tl.arange(0, TILE)
+            for t in range(0, tl.cdiv(width, TILE)):
+                store_tile(to, t, col, width, zero, TILE, True)
+        elif not plain:
+            for t in range(0, tl.cdiv(width, TILE)):
+                write_gradient(
+                    row, to, t, width, action, top, share, chosen, inverse_t, cap, KIND, TILE,
+                    True, True,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "count"])
@@ -182,8 +200,7 @@ def klq_loss_backward_kernel(
     near,
     far,
     UNIT: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dlogits *= upstream unscale[row]; a factor of 1 touches nothing, and 0 stays 0 under an
     upstream that is not finite."""
@@ -194,10 +211,10 @@ def klq_loss_backward_kernel(
         factor = factor * tl.load(unscale + i)
     if factor != 1.0:
         row = row_at(dlogits, i, inner, near, far, UNIT)
-        x, col = load_tile(row, program % tiles, width, R, C, True, "")
-        x = x.to(tl.float32)
+        begin, col = (program % tiles) * TILE, tl.arange(0, TILE)
+        x = load_tile(row, program % tiles, col, width, TILE, True, "").to(tl.float32)
         x = tl.where(x == 0, 0.0, x * factor)
-        tl.store(row + col, x.to(dlogits.dtype.element_ty), mask=col < width)
+        tl.store(row + begin + col, x.to(dlogits.dtype.element_ty), mask=begin + col < width)
 
 
 def run(
@@ -228,7 +245,7 @@ def run(
     inner, near, far, unit = tt.rows_of(logits)
     out_inner, out_near, out_far, out_unit = tt.rows_of(dlogits if grad else logits)
     long_row = grad and width * logits.element_size() > _LONG_ROW
-    r, c, warps = tt.tile(width, kind, 32 if long_row else 8, 2)
+    *tile, warps = tt.tile(width, kind, 16 if long_row else 8, 2, logits.dtype)
     count = max(1, rows)
     tt.launch(
         klq_loss_kernel,
@@ -238,7 +255,7 @@ def run(
         *(mask, weights, norm, terms, dlogits, dvalues if grad else None),
         *(unscale if half else None, rows, count, width, inner, near, far),
         *(out_inner, out_near, out_far, tau, inverse_t, cap),
-        *(counted, unit, out_unit, kind, r, c, _STAGES),
+        *(counted, unit, out_unit, kind, *tile),
         num_warps=warps,
     )
     lanes = min(4096, max(16, tt.power_of_2(rows)))
@@ -271,13 +288,14 @@ def klq_loss_(
 def klq_loss_backward_(dlogits: Tensor, unscale: Tensor, upstream: Tensor) -> None:
     width = dlogits.shape[-1]
     inner, near, far, unit = tt.rows_of(dlogits)
-    r, c, warps = tt.tile(width, 0, 8, 4)
-    tiles = tt.tiles_of(width, r * c)
+    r, lanes, vector, warps = tt.tile(width, 0, 8, 4, dlogits.dtype)
+    size = r * lanes * vector
+    tiles = tt.tiles_of(width, size)
     tt.launch(
         klq_loss_backward_kernel,
         dlogits.numel() // width * tiles,
         dlogits,
         *(dlogits, tt.compact(unscale) if unscale.numel() else None, upstream),
-        *(tiles, width, inner, near, far, unit, r, c),
+        *(tiles, width, inner, near, far, unit, size),
         num_warps=warps,
     )

@@ -6,18 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from klq_kernels import _triton as tt
-from klq_kernels._triton import load_tile, row_at, row_target, scaled
+from klq_kernels._triton import capped, load_tile, row_at, row_target
 
 _INF = tl.constexpr(float("inf"))
-_STAGES = 2
 
 
 @triton.jit
 def q_tile(x, y, m, log_s, mb, log_sb, tau, v, inverse_t, cap, KIND: tl.constexpr):
     """Q = tau ((z - max - log S) - (z_b - max_b - log S_b)) + V, eq. (13); -inf where pi = 0."""
-    z = scaled(x, inverse_t, cap, KIND)
-    zb = scaled(y, inverse_t, cap, KIND)
-    ratio = ((z - m) - log_s) - ((zb - mb) - log_sb)
+    z = capped(x, cap, KIND)
+    zb = capped(y, cap, KIND)
+    ratio = ((z - m) * inverse_t - log_s) - ((zb - mb) * inverse_t - log_sb)
     return tl.where(z == -_INF, -_INF, tau * ratio + v)
 
 
@@ -42,34 +41,36 @@ def q_values_kernel(
     OUT_UNIT: tl.constexpr,
     KIND: tl.constexpr,
     R: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    V: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     row = row_at(logits, i, inner, near, far, UNIT)
     ref = row_at(ref_logits, i, ref_inner, ref_near, ref_far, REF_UNIT)
     no = tl.full([], -1, tl.int32)  # no token is left out of the sums
     m, s, _z, _x = row_target(
-        row, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
+        row, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, L, V, "evict_last"
     )
     mb, sb, _z, _x = row_target(
-        ref, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, C, STAGES, "evict_last"
+        ref, width, no < 0, no, no >= 0, inverse_t, cap, KIND, R, L, V, "evict_last"
     )
     log_s = tl.log(s.to(tl.float64)).to(tl.float32)
     log_sb = tl.log(sb.to(tl.float64)).to(tl.float32)
     v = tl.load(values + i).to(tl.float32)
     to = out + i * (width // OUT_UNIT) * OUT_UNIT
-    whole = width // (R * C)
-    for t in tl.range(0, whole, num_stages=STAGES):
-        x, col = load_tile(row, t, width, R, C, False, "evict_first")
-        y, _col = load_tile(ref, t, width, R, C, False, "evict_first")
+    TILE: tl.constexpr = R * L * V
+    col = tl.arange(0, TILE)
+    whole = width // TILE
+    for t in range(0, whole):
+        x = load_tile(row, t, col, width, TILE, False, "evict_first")
+        y = load_tile(ref, t, col, width, TILE, False, "evict_first")
         q = q_tile(x, y, m, log_s, mb, log_sb, tau, v, inverse_t, cap, KIND)
-        tl.store(to + col, q, eviction_policy="evict_first")
-    for t in range(whole, tl.cdiv(width, R * C)):
-        x, col = load_tile(row, t, width, R, C, True, "evict_first")
-        y, _col = load_tile(ref, t, width, R, C, True, "evict_first")
+        tl.store(to + t * TILE + col, q, eviction_policy="evict_first")
+    for t in range(whole, tl.cdiv(width, TILE)):
+        x = load_tile(row, t, col, width, TILE, True, "evict_first")
+        y = load_tile(ref, t, col, width, TILE, True, "evict_first")
         q = q_tile(x, y, m, log_s, mb, log_sb, tau, v, inverse_t, cap, KIND)
-        tl.store(to + col, q, mask=col < width)
+        tl.store(to + t * TILE + col, q, mask=t * TILE + col < width)
 
 
 def q_values(
@@ -85,14 +86,14 @@ def q_values(
     inverse_t, cap, kind = tt.scaling(temperature, softcap)
     inner, near, far, unit = tt.rows_of(logits)
     ref_inner, ref_near, ref_far, ref_unit = tt.rows_of(ref_logits)
-    r, c, warps = tt.tile(width, kind, 8, 2)
+    *tile, warps = tt.tile(width, kind, 8, 2, logits.dtype)
     tt.launch(
         q_values_kernel,
         values.numel(),
         logits,
         *(logits, ref_logits, tt.compact(values), out, width, inner, near, far),
         *(ref_inner, ref_near, ref_far, tau, inverse_t, cap),
-        *(unit, ref_unit, 8 if width % 8 == 0 else 1, kind, r, c, _STAGES),
+        *(unit, ref_unit, 8 if width % 8 == 0 else 1, kind, *tile),
         num_warps=warps,
     )
     return out

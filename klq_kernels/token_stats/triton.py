@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-prob, entropy and exact KL of every row in Triton, in one read of the logits.
 
-Each lane carries the max m and, over all tokens but the chosen one, rest = sum e,
-w = sum e (z - m) and k = sum e ((z - m) - (z_b - m_b)) with e = exp(z - m); when a max moves they
-move with it. The chosen token's terms are added at the end.
+With t the exponents in base 2 of a lane's elements and u those of the reference, each from its own
+max, a lane carries the max and, over all tokens but the chosen one, rest = sum 2^t, w = sum 2^t t
+and k = sum 2^t (t - u); when a max moves they move with it. The chosen token's terms are added at
+the end.
 """
 
 import triton
@@ -12,73 +13,93 @@ from torch import Tensor
 
 from klq_kernels import _triton as tt
 from klq_kernels._triton import (
+    capped,
     column,
-    finite_or_0,
+    cut,
+    edge_tile,
+    excess_of,
+    exponent,
+    exponents,
+    factor_of,
+    inner_tile,
     is_active,
+    is_huge,
+    lane_max,
+    lane_sum,
+    lanes_sum,
     load_tile,
-    log1p,
+    log_total,
     logprob_of,
     row_at,
-    scaled,
+    shift,
+    with_chosen,
+    without,
 )
 
 _INF = tl.constexpr(float("inf"))
-_STAGES = 2
-
-
-@triton.jit
-def moved(total, s, factor, shift):
-    """A sum of e (x - point) after the point moved by -shift; 0 where nothing of it is left."""
-    return tl.where(factor == 0, 0.0, factor * (total + tl.where(s == 0, 0.0, s * shift)))
-
-
-@triton.jit
-def weighted(e, x):
-    """Terms with pi = 0 are 0, whatever they are multiplied by."""
-    return tl.sum(tl.where(e == 0, 0.0, e * x), 0)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def take(
-    m, rest, w, mb, restb, k, x, y, col, action, inverse_t, cap, KIND: tl.constexpr,
-    KL: tl.constexpr,
+    m, rest, w, mb, restb, k, y, yb, factor, KL: tl.constexpr, CAREFUL: tl.constexpr
 ):  # fmt: skip
-    """The lanes' sums after one more tile: x of the policy, y of the reference."""
-    z = scaled(x, inverse_t, cap, KIND)
-    top = tl.maximum(m, tl.max(z, 0))
-    point = finite_or_0(top)
-    d = z - point[None, :]
-    e = tl.where(col == action, 0.0, tl.exp(d))
-    factor = tl.exp(m - point)
-    shift = finite_or_0(m) - point
+    """The lanes' sums after one more tile: y of the policy, yb of the reference."""
+    top = tl.maximum(m, lane_max(y))
+    t = exponents(y, top, factor, CAREFUL)
+    e = tl.exp2(t)
+    by = shift(m, top, factor, CAREFUL)
+    f = tl.exp2(by)
     if KL:
-        zb = scaled(y, inverse_t, cap, KIND)
-        topb = tl.maximum(mb, tl.max(zb, 0))
-        pointb = finite_or_0(topb)
-        db = zb - pointb[None, :]
-        eb = tl.where(col == action, 0.0, tl.exp(db))
-        restb = restb * tl.exp(mb - pointb) + tl.sum(eb, 0)
-        k = moved(k, rest, factor, shift - (finite_or_0(mb) - pointb)) + weighted(e, d - db)
+        topb = tl.maximum(mb, lane_max(yb))
+        u = exponents(yb, topb, factor, CAREFUL)
+        byb = shift(mb, topb, factor, CAREFUL)
+        # a sum may be infinite, and nothing of it left
+        k = tl.where(f == 0, 0.0, f * tl.fma(by - byb, rest, k))
+        k += lane_sum(tl.where(e == 0, 0.0, e * (t - u)))
+        restb = restb * tl.exp2(byb) + lane_sum(tl.exp2(u))
         mb = topb
-    w = moved(w, rest, factor, shift) + weighted(e, d)
-    rest = rest * factor + tl.sum(e, 0)
-    return top, rest, w, mb, restb, k
+    w = f * tl.fma(by, rest, w) + lane_sum(e * tl.maximum(t, -16384.0))
+    return top, rest * f + lane_sum(e), w, mb, restb, k
 
 
 @triton.jit
-def meet(x):
-    return tl.sum(x.to(tl.float64), 0)
+def tiles_at(
+    row, other, i, col, width, action, cap, KIND: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    V: tl.constexpr, KL: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Tile i of both rows; without column `action` at an edge."""
+    TILE: tl.constexpr = R * L * V
+    y = capped(load_tile(row, i, col, width, TILE, EDGE, ""), cap, KIND)
+    if EDGE:
+        y = without(y, i, col, action, TILE)
+    yb = y
+    if KL:
+        yb = capped(load_tile(other, i, col, width, TILE, EDGE, ""), cap, KIND)
+        if EDGE:
+            yb = without(yb, i, col, action, TILE)
+    return tl.reshape(y, [R, L, V]), tl.reshape(yb, [R, L, V])
 
 
 @triton.jit
-def chosen_term(e, x):
-    return tl.where(e == 0, 0.0, e * x).to(tl.float64)
+def meet(m, rest, w, mb, restb, k, factor, CAREFUL: tl.constexpr):
+    """The row's sums: the lanes move to the row's max."""
+    top, topb = tl.max(m, 0), tl.max(mb, 0)
+    by, byb = shift(m, top, factor, CAREFUL), shift(mb, topb, factor, CAREFUL)
+    f = tl.exp2(by)
+    k = lanes_sum(tl.where(f == 0, 0.0, f * tl.fma(by - byb, rest, k)))
+    w = lanes_sum(f * tl.fma(by, rest, w))
+    return top, lanes_sum(rest * f), w, topb, lanes_sum(restb * tl.exp2(byb)), k
 
 
 @triton.jit
-def log_sum(top, rest, z_a):
-    r = rest.to(tl.float64)
-    return tl.where(z_a == top, log1p(r), tl.log(r + tl.exp(z_a - top).to(tl.float64)))
+def excess(m, factor, huge):
+    return tl.where(huge, 0.0, excess_of(m, factor))
+
+
+@triton.jit
+def fall(frm, to, factor, huge):
+    return tl.where(huge, shift(frm, to, factor, True), shift(frm, to, factor, False))
 
 
 @triton.jit(do_not_specialize=["inner", "ref_inner"])
@@ -104,8 +125,8 @@ def token_stats_kernel(
     REF_UNIT: tl.constexpr,
     KIND: tl.constexpr,
     R: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    V: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     active = is_active(mask, i)
@@ -115,56 +136,62 @@ def token_stats_kernel(
     other = row
     if KL:
         other = row_at(ref_logits, i, ref_inner, ref_near, ref_far, REF_UNIT)
-    m = tl.full([C], -_INF, tl.float32)
-    rest = tl.zeros([C], tl.float32)
+    TILE: tl.constexpr = R * L * V
+    col = tl.arange(0, TILE)
+    factor = factor_of(inverse_t)
+    hit, whole, fast, tiles = cut(width, action, active, TILE)
+    m = tl.full([L], -_INF, tl.float32)
+    rest = tl.zeros([L], tl.float32)
     w, mb, restb, k = rest, m, rest, rest
-    whole = tl.where(active, width // (R * C), 0)
-    for t in tl.range(0, whole, num_stages=STAGES):
-        x, col = load_tile(row, t, width, R, C, False, "")
-        y = x
-        if KL:
-            y, _col = load_tile(other, t, width, R, C, False, "")
-        m, rest, w, mb, restb, k = take(
-            m, rest, w, mb, restb, k, x, y, col, action, inverse_t, cap, KIND, KL
+    for t in range(0, fast):
+        y, yb = tiles_at(
+            row, other, inner_tile(t, hit), col, width, action, cap, KIND, R, L, V, KL, False
         )
-    for t in range(whole, tl.where(active, tl.cdiv(width, R * C), 0)):
-        x, col = load_tile(row, t, width, R, C, True, "")
-        y = x
-        if KL:
-            y, _col = load_tile(other, t, width, R, C, True, "")
-        m, rest, w, mb, restb, k = take(
-            m, rest, w, mb, restb, k, x, y, col, action, inverse_t, cap, KIND, KL
+        m, rest, w, mb, restb, k = take(m, rest, w, mb, restb, k, y, yb, factor, KL, False)
+    for t in range(fast, tiles):
+        y, yb = tiles_at(
+            row, other, edge_tile(t, hit, whole), col, width, action, cap, KIND, R, L, V, KL, True
         )
+        m, rest, w, mb, restb, k = take(m, rest, w, mb, restb, k, y, yb, factor, KL, False)
+    others, s, w_row, othersb, sb, k_row = meet(m, rest, w, mb, restb, k, factor, False)
+    huge = is_huge(others, factor) | is_huge(othersb, factor)
+    if huge:
+        m = tl.full([L], -_INF, tl.float32)
+        rest = tl.zeros([L], tl.float32)
+        w, mb, restb, k = rest, m, rest, rest
+        for t in range(0, tiles):
+            y, yb = tiles_at(row, other, t, col, width, action, cap, KIND, R, L, V, KL, True)
+            m, rest, w, mb, restb, k = take(m, rest, w, mb, restb, k, y, yb, factor, KL, True)
+        others, s, w_row, othersb, sb, k_row = meet(m, rest, w, mb, restb, k, factor, True)
 
-    # the lanes meet: each moves to the row's max
-    top = tl.max(m, 0)
-    point = finite_or_0(top)
-    factor = tl.exp(m - point)
-    shift = finite_or_0(m) - point
-    rest_row = meet(rest * factor).to(tl.float32)
     x_a = tl.load(row + action, mask=here & active, other=-_INF)
-    z_a = scaled(x_a, inverse_t, cap, KIND)
-    d_a = z_a - point
-    e_a = tl.exp(d_a)
-    total = rest_row.to(tl.float64) + e_a.to(tl.float64)
-    log_s = log_sum(top, rest_row, z_a)
-    w_row = meet(moved(w, rest, factor, shift)) + chosen_term(e_a, d_a)
-    logprob = logprob_of(top, rest_row, z_a, here)
+    y_a = capped(x_a, cap, KIND)
+    top, rest_row = with_chosen(others, s, y_a, factor, excess(others, factor, huge))
+    logprob = logprob_of(top, rest_row, y_a, here, inverse_t)
     tl.store(logprobs + i, tl.where(active, logprob.to(tl.float32), 0.0))
-    h = log_s - w_row / total
+    log_s = log_total(top, rest_row, y_a, inverse_t)
+    by = fall(others, top, factor, huge)
+    t_a = exponent(y_a, top, factor, huge)
+    e_a = tl.exp2(t_a)
+    f = tl.exp2(by)
+    total = tl.where(f == 0, 0.0, f * s) + e_a
+    mean = (f * tl.fma(by, s, w_row) + e_a * tl.maximum(t_a, -16384.0)) / total
+    off = excess(top, factor, huge)
+    h = log_s - ((mean - off) * _LN2).to(tl.float64)
     tl.store(entropy + i, tl.where(active, h.to(tl.float32), 0.0))
     if KL:
-        topb = tl.max(mb, 0)
-        pointb = finite_or_0(topb)
-        restb_row = meet(restb * tl.exp(mb - pointb)).to(tl.float32)
         xb_a = tl.load(other + action, mask=here & active, other=-_INF)
-        zb_a = scaled(xb_a, inverse_t, cap, KIND)
-        log_sb = log_sum(topb, restb_row, zb_a)
-        k_row = meet(moved(k, rest, factor, shift - (finite_or_0(mb) - pointb)))
-        k_row += chosen_term(e_a, d_a - (zb_a - pointb))
-        divergence = k_row / total - (log_s - log_sb)
-        ref = logprob_of(topb, restb_row, zb_a, here)
+        yb_a = capped(xb_a, cap, KIND)
+        topb, restb_row = with_chosen(othersb, sb, yb_a, factor, excess(othersb, factor, huge))
+        ref = logprob_of(topb, restb_row, yb_a, here, inverse_t)
         tl.store(ref_logprobs + i, tl.where(active, ref.to(tl.float32), 0.0))
+        log_sb = log_total(topb, restb_row, yb_a, inverse_t)
+        byb = fall(othersb, topb, factor, huge)
+        u_a = exponent(yb_a, topb, factor, huge)
+        cross = tl.where(f == 0, 0.0, f * tl.fma(by - byb, s, k_row))
+        cross = (cross + tl.where(e_a == 0, 0.0, e_a * (t_a - u_a))) / total
+        offb = excess(topb, factor, huge)
+        divergence = ((cross - (off - offb)) * _LN2).to(tl.float64) - (log_s - log_sb)
         tl.store(kl + i, tl.where(active, divergence.to(tl.float32), 0.0))
 
 
@@ -182,14 +209,14 @@ def token_stats(
     inner, near, far, unit = tt.rows_of(logits)
     layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    r, c, warps = tt.tile(logits.shape[-1], kind, 4, 1)
+    *tile, warps = tt.tile(logits.shape[-1], kind, 4, 2, logits.dtype)
     tt.launch(
         token_stats_kernel,
         actions.numel(),
         logits,
         *(logits, ref_logits, tt.compact(actions), tt.compact(mask), *out),
         *(logits.shape[-1], inner, near, far, ref_inner, ref_near, ref_far, inverse_t, cap),
-        *(unit, ref_unit, kind, r, c, _STAGES),
+        *(unit, ref_unit, kind, *tile),
         num_warps=warps,
     )
     return out

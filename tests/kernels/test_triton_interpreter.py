@@ -216,6 +216,46 @@ def test_vocabularies_around_tiles(width):
 
 
 @inside
+@pytest.mark.parametrize("op", ["token_logprobs", "token_stats", "klq_loss"])
+@pytest.mark.parametrize("width", [12289, 24600])  # without and with vector loads
+def test_the_chosen_token_in_any_tile(op, width):
+    """Its tile is walked apart from the others: first, in the middle, last whole one, the rest."""
+    spec = SPECS[op]
+    inputs = spec.inputs("cpu", leading=(6,), vocabulary=width)
+    at = [0, 2047, 8192, width // 2, width // 4096 * 4096 - 1, width - 1]
+    inputs["actions"] = torch.tensor(at)
+    check(spec, inputs, "triton", torch.float32)
+
+
+@inside
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("tops", [(3e38, 2.9e38), (-3e38, -3.1e38), (3e38, 0.0), (2.0, -3e38)])
+def test_logits_whose_products_overflow(tops, temperature):
+    """Case 48 with entropy, KL and gradient: two values, so far apart that one of them is all, in
+    rows of several tiles; the reference likewise, or ordinary."""
+    logits = torch.full((2, 12296), tops[1])
+    logits[0, [7, 9000]] = logits[1, [8, 12295]] = tops[0]
+    actions = torch.tensor([9000, 3])
+    log2 = torch.tensor(2.0).log()
+    for ref in (logits, torch.zeros_like(logits)):
+        got = klq_kernels.token_stats(
+            logits, actions, ref_logits=ref, temperature=temperature, backend="triton"
+        )
+        torch.testing.assert_close(got.entropy, log2.expand(2))
+        torch.testing.assert_close(got.logprobs[0], -log2)
+        want = 0.0 if ref is logits else torch.tensor(12296.0).log() - log2
+        torch.testing.assert_close(got.kl, torch.full((2,), float(want)))
+    z, row = logits.requires_grad_(), torch.zeros(2)
+    klq_kernels.klq_loss(
+        z, actions, row, ref_logprobs=row, returns=row, mask=torch.tensor([True, False]),
+        temperature=temperature, tau=1.0, normalizer=1.0, backend="triton",
+    ).loss.backward()  # fmt: skip
+    want = torch.zeros_like(z)
+    want[0, 9000], want[0, 7] = -log2 / temperature, log2 / temperature
+    torch.testing.assert_close(z.grad, want)
+
+
+@inside
 def test_a_mask_in_front_of_a_bad_pointer_reads_nothing():
     """An active action outside [0, V) is NaN for its token and harmless for the others (the checks
     of the CPU are not passed here)."""
