@@ -213,8 +213,8 @@ def finite_or_0(m):
 
 @triton.jit
 def limit(factor):
-    """Products with `factor` stay finite up to here; beyond, only differences are scaled."""
-    return tl.minimum(1e38 / factor, _LARGEST)
+    """Up to here the rounding of a point does not show; beyond, only differences are scaled."""
+    return tl.minimum(16384.0 / factor, _LARGEST)
 
 
 @triton.jit
