@@ -174,12 +174,34 @@ __device__ void zero_row(const Rows& rows, const Rows& gradients, int64_t r,
   for (int unit = group.thread; unit < in.units(); unit += LANES) in.store(unit, zeros);
 }
 
+// out[column] = value(row[column], column), several units in flight; out may be the row itself.
+template <class Reader, int LANES, class Value>
+__device__ __forceinline__ void write_row(const Reader& in, const RowGroup<LANES>& group,
+                                          const Value& value) {
+  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll;
+  const int units = in.units();
+  for (int base = group.thread; base < units; base += LANES * U) {
+    float z[U * kWidth];
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (base + u * LANES < units) in.load(base + u * LANES, z + u * kWidth);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int unit = base + u * LANES;
+      if (unit >= units) continue;
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e)
+        z[u * kWidth + e] = value(z[u * kWidth + e], unit * kWidth + e);
+      in.store(unit, z + u * kWidth);
+    }
+  }
+}
+
 template <class Reader, bool CAPPED, class Op, int LANES>
 __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::blocks(Op::kHeavy))
     row_stream_kernel(const Rows rows, const Rows ref, const Rows gradients,
                       const ActiveRows active_rows, const Scale scale, const Op op) {
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
-  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll;
   RowGroup<LANES> group;
   const int thread = group.thread;
   const int64_t active = active_rows.list ? int64_t(*active_rows.active) : rows.count;
@@ -201,7 +223,6 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::bl
     const RowSum total(sum.max, sum.sum, info.chosen, scale);
     const float coefficient = op.finish(info, sum, total, scale, thread);
     if constexpr (kGrad) {
-      const int units = in.units();
       const float factor = -coefficient / total.raw_sum;
       const float at_target =
           info.chosen_z == -infinity()
@@ -212,21 +233,7 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::bl
         const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, total.point));
         return e == 0.0f ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
       };
-      for (int base = thread; base < units; base += LANES * U) {
-        float z[U * kWidth];
-#pragma unroll
-        for (int u = 0; u < U; ++u)
-          if (base + u * LANES < units) in.load(base + u * LANES, z + u * kWidth);
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int unit = base + u * LANES;
-          if (unit >= units) continue;
-#pragma unroll
-          for (int e = 0; e < kWidth; ++e)
-            z[u * kWidth + e] = gradient(z[u * kWidth + e], unit * kWidth + e);
-          in.store(unit, z + u * kWidth);
-        }
-      }
+      write_row(in, group, gradient);
     }
   }
   if (!active_rows.list) return;

@@ -10,7 +10,6 @@ template <class Reader, bool CAPPED, int LANES>
 __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::blocks())
     token_logprobs_bwd_kernel(const Rows rows, const Rows gradients, const Scale scale,
                               const LogprobGradArgs a) {
-  constexpr int kWidth = Reader::kWidth, U = Reader::kUnroll;
   const RowGroup<LANES> group;
   for (int64_t r = group.first; r < rows.count; r += group.step) {
     if (a.mask && !a.mask[r]) {
@@ -37,22 +36,7 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::bl
       if (column == action) return grad * (rest / total) * s;
       return e == 0.0f ? 0.0f : factor * s * e;
     };
-    const int units = in.units();
-    for (int base = group.thread; base < units; base += LANES * U) {
-      float z[U * kWidth];
-#pragma unroll
-      for (int u = 0; u < U; ++u)
-        if (base + u * LANES < units) in.load(base + u * LANES, z + u * kWidth);
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int unit = base + u * LANES;
-        if (unit >= units) continue;
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e)
-          z[u * kWidth + e] = gradient(z[u * kWidth + e], unit * kWidth + e);
-        in.store(unit, z + u * kWidth);
-      }
-    }
+    write_row(in, group, gradient);
   }
 }
 
