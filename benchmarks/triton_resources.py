@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import klq_kernels  # noqa: F401 (registers the operators)
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._operators import kernel
 
 TARGETS = {
@@ -48,16 +48,16 @@ class Resources(NamedTuple):
 
 def recorded(what: str, function: Callable, *args) -> list[Launch]:
     """The launches of one call."""
-    found, launch = [], tt.launch
+    found, launch = [], host.launch
 
     def record(kernel, programs, like, *args, **options):
         found.append(Launch(what, kernel, args, {"enable_fp_fusion": False, **options}))
 
-    tt.launch = record
+    host.launch = record
     try:
         function(*args)
     finally:
-        tt.launch = launch
+        host.launch = launch
     return found
 
 
@@ -143,7 +143,7 @@ def compile(x: Launch, target: GPUTarget) -> Resources:
     source = ASTSource(x.kernel, signature, constants, attrs)
     options = dict(x.options)
     if target.backend == "hip":
-        options["num_warps"] = tt.hip_warps(options["num_warps"])
+        options["num_warps"] = host.hip_warps(options["num_warps"])
     made = triton.compile(source, target=target, options=options)
     shared = made.metadata.shared
     if target.backend == "hip":

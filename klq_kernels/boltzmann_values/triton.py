@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._triton import (
     absorb,
     capped,
@@ -93,12 +93,12 @@ def boltzmann_values(
     q: Tensor, ref_logits: Tensor, tau: float, temperature: float, softcap: float
 ) -> Tensor:
     width = q.shape[-1]
-    out = tt.like(q, q.shape[:-1])
-    inverse_t, cap, kind = tt.scaling(temperature, softcap)
-    inner, near, far, unit = tt.rows_of(q)
-    ref_inner, ref_near, ref_far, ref_unit = tt.rows_of(ref_logits)
-    *tile, warps = tt.tile(width, kind, 8, 2, q.dtype)
-    tt.launch(
+    out = host.like(q, q.shape[:-1])
+    inverse_t, cap, kind = host.scaling(temperature, softcap)
+    inner, near, far, unit = host.rows_of(q)
+    ref_inner, ref_near, ref_far, ref_unit = host.rows_of(ref_logits)
+    *tile, warps = host.tile(width, kind, 8, 2, q.dtype)
+    host.launch(
         boltzmann_values_kernel,
         out.numel(),
         q,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._triton import (
     column,
     cut,
@@ -234,32 +234,32 @@ def run(
     """(loss, stats, dvalues, unscale), and the gradient in `dlogits` if it is given."""
     rows, width, grad = actions.numel(), logits.shape[-1], dlogits is not None
     half = grad and logits.dtype == torch.float16
-    loss, stats = tt.like(logits, ()), tt.like(logits, 4)
-    dvalues = tt.like(logits, actions.shape if grad else (0,))
-    unscale = tt.like(logits, actions.shape if half else (0,))
-    terms = tt.like(logits, (2, rows), torch.float64)
-    mask, values, weights = tt.compact(mask), tt.compact(values), tt.compact(weights)
+    loss, stats = host.like(logits, ()), host.like(logits, 4)
+    dvalues = host.like(logits, actions.shape if grad else (0,))
+    unscale = host.like(logits, actions.shape if half else (0,))
+    terms = host.like(logits, (2, rows), torch.float64)
+    mask, values, weights = host.compact(mask), host.compact(values), host.compact(weights)
     counted = norm is None and mask is not None
     norm = mask.sum() if counted else norm
-    inverse_t, cap, kind = tt.scaling(temperature, softcap)
-    inner, near, far, unit = tt.rows_of(logits)
-    out_inner, out_near, out_far, out_unit = tt.rows_of(dlogits if grad else logits)
+    inverse_t, cap, kind = host.scaling(temperature, softcap)
+    inner, near, far, unit = host.rows_of(logits)
+    out_inner, out_near, out_far, out_unit = host.rows_of(dlogits if grad else logits)
     long_row = grad and width * logits.element_size() > _LONG_ROW
-    *tile, warps = tt.tile(width, kind, 16 if long_row else 8, 2, logits.dtype)
+    *tile, warps = host.tile(width, kind, 16 if long_row else 8, 2, logits.dtype)
     count = max(1, rows)
-    tt.launch(
+    host.launch(
         klq_loss_kernel,
         rows,
         logits,
-        *(logits, tt.compact(actions), values, tt.compact(ref_logprobs), tt.compact(returns)),
+        *(logits, host.compact(actions), values, host.compact(ref_logprobs), host.compact(returns)),
         *(mask, weights, norm, terms, dlogits, dvalues if grad else None),
         *(unscale if half else None, rows, count, width, inner, near, far),
         *(out_inner, out_near, out_far, tau, inverse_t, cap),
         *(counted, unit, out_unit, kind, *tile),
         num_warps=warps,
     )
-    lanes = min(4096, max(16, tt.power_of_2(rows)))
-    tt.launch(
+    lanes = min(4096, max(16, host.power_of_2(rows)))
+    host.launch(
         klq_loss_sum_kernel,
         1,
         logits,
@@ -273,9 +273,9 @@ def klq_loss(
     logits: Tensor, actions: Tensor, values: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *rest, need_grad = rest
-    dlogits = tt.like(logits, logits.shape, logits.dtype) if need_grad else None
+    dlogits = host.like(logits, logits.shape, logits.dtype) if need_grad else None
     loss, stats, *small = run(logits, actions, values, *rest, dlogits)
-    made = tt.like(logits, 0, logits.dtype) if dlogits is None else dlogits
+    made = host.like(logits, 0, logits.dtype) if dlogits is None else dlogits
     return loss, stats, made, *small
 
 
@@ -287,15 +287,15 @@ def klq_loss_(
 
 def klq_loss_backward_(dlogits: Tensor, unscale: Tensor, upstream: Tensor) -> None:
     width = dlogits.shape[-1]
-    inner, near, far, unit = tt.rows_of(dlogits)
-    r, lanes, vector, warps = tt.tile(width, 0, 8, 4, dlogits.dtype)
+    inner, near, far, unit = host.rows_of(dlogits)
+    r, lanes, vector, warps = host.tile(width, 0, 8, 4, dlogits.dtype)
     size = r * lanes * vector
-    tiles = tt.tiles_of(width, size)
-    tt.launch(
+    tiles = host.tiles_of(width, size)
+    host.launch(
         klq_loss_backward_kernel,
         dlogits.numel() // width * tiles,
         dlogits,
-        *(dlogits, tt.compact(unscale) if unscale.numel() else None, upstream),
+        *(dlogits, host.compact(unscale) if unscale.numel() else None, upstream),
         *(tiles, width, inner, near, far, unit, size),
         num_warps=warps,
     )

@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels.lambda_returns.triton import scan
 from klq_kernels.token_logprobs.triton import run
 
@@ -26,7 +26,7 @@ def klq_targets(
     temperature: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logprobs, ref, log_ratios = (tt.like(logits, actions.shape) for _ in range(3))
+    logprobs, ref, log_ratios = (host.like(logits, actions.shape) for _ in range(3))
     run(
         logits,
         ref_logits,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._triton import wide
 
 _LINE = 32  # tokens scanned inside a warp
@@ -337,41 +337,41 @@ def scan(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(q, advantages, returns); q is None without log-ratios."""
     tokens, shape = values.numel(), values.shape
-    packed, cu_seqlens = cu_seqlens is not None, tt.compact(cu_seqlens)
+    packed, cu_seqlens = cu_seqlens is not None, host.compact(cu_seqlens)
     if packed:
         sequences, length = cu_seqlens.shape[0] - 1, 0
     else:
         length = shape[-1]
         sequences = tokens // length if length else 0
-    q = None if log_ratios is None else tt.like(values, shape)
-    a, g = tt.like(values, shape), tt.like(values, shape)
+    q = None if log_ratios is None else host.like(values, shape)
+    a, g = host.like(values, shape), host.like(values, shape)
     if packed:  # tokens past the last end belong to no sequence and are never visited
         for x in (q, a, g):
             if x is not None:
                 x.zero_()
     if tokens == 0 or sequences == 0:
         return q, a, g
-    inputs = [tt.compact(x) for x in (log_ratios, values, rewards, trace, lam_rows, mask)]
-    bootstrap = tt.compact(bootstrap)
+    inputs = [host.compact(x) for x in (log_ratios, values, rewards, trace, lam_rows, mask)]
+    bootstrap = host.compact(bootstrap)
     sizes = sequences, length, tokens
     scalars = (tau, *split(gamma), *split(lam))
     reach = tokens if packed else length  # the longest a sequence can be
     if reach <= _LINE and not packed:
-        lines = min(_LINES, tt.power_of_2(sequences))
-        tt.launch(
+        lines = min(_LINES, host.power_of_2(sequences))
+        host.launch(
             walk_kernel,
-            tt.tiles_of(sequences, lines),
+            host.tiles_of(sequences, lines),
             values,
             *(*inputs, cu_seqlens, bootstrap, q, a, g, *sizes, *scalars, alpha),
-            *(False, lines, tt.power_of_2(reach)),
+            *(False, lines, host.power_of_2(reach)),
             num_warps=max(1, lines // 8),
         )
         return q, a, g
-    lines = min(_LINES, tt.power_of_2(tt.tiles_of(reach, _LINE)))
+    lines = min(_LINES, host.power_of_2(host.tiles_of(reach, _LINE)))
     warps = max(1, lines // 8)
-    most = tt.tiles_of(reach, lines * _LINE)  # tiles of one sequence
+    most = host.tiles_of(reach, lines * _LINE)  # tiles of one sequence
     if most < 4 or (sequences >= _FEW and not packed):
-        tt.launch(
+        host.launch(
             walk_kernel,
             sequences,
             values,
@@ -381,20 +381,20 @@ def scan(
         )
         return q, a, g
     tiles = tokens // (lines * _LINE) + sequences if packed else sequences * most
-    maps = tt.like(values, (2, tiles), torch.float64)
-    tt.launch(
+    maps = host.like(values, (2, tiles), torch.float64)
+    host.launch(
         tile_map_kernel,
         tiles,
         values,
         *(*inputs, cu_seqlens, maps, tiles, *sizes, *scalars, lines, _LINE),
         num_warps=warps,
     )
-    tt.launch(
+    host.launch(
         tile_scan_kernel,
         tiles,
         values,
         *(*inputs, cu_seqlens, bootstrap, q, a, g, maps, tiles, *sizes, *scalars, alpha),
-        *(lines, _LINE, min(256, tt.power_of_2(most))),
+        *(lines, _LINE, min(256, host.power_of_2(most))),
         num_warps=warps,
     )
     return q, a, g

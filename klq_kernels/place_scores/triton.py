@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels.lambda_returns.triton import span
 
 
@@ -25,18 +25,18 @@ def place_scores_kernel(scores, mask, ends, out, sequences, length, tokens, TILE
 
 
 def place_scores(scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    out = tt.like(mask, mask.shape).zero_()
+    out = host.like(mask, mask.shape).zero_()
     tokens, length = mask.numel(), 0 if cu_seqlens is not None else mask.shape[-1]
     if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1
     else:
         sequences = tokens // length if length else 0
-    tile = min(1024, max(16, tt.power_of_2(length or tokens)))
-    tt.launch(
+    tile = min(1024, max(16, host.power_of_2(length or tokens)))
+    host.launch(
         place_scores_kernel,
         sequences if tokens else 0,
         mask,
-        *(tt.compact(scores), tt.compact(mask), tt.compact(cu_seqlens), out),
+        *(host.compact(scores), host.compact(mask), host.compact(cu_seqlens), out),
         *(sequences, length, tokens, tile),
         num_warps=max(1, tile // 256),
     )

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._triton import capped, load_tile, row_at, row_target
 
 _INF = tl.constexpr(float("inf"))
@@ -82,16 +82,16 @@ def q_values(
     softcap: float,
 ) -> Tensor:
     width = logits.shape[-1]
-    out = tt.like(logits, logits.shape)
-    inverse_t, cap, kind = tt.scaling(temperature, softcap)
-    inner, near, far, unit = tt.rows_of(logits)
-    ref_inner, ref_near, ref_far, ref_unit = tt.rows_of(ref_logits)
-    *tile, warps = tt.tile(width, kind, 8, 2, logits.dtype)
-    tt.launch(
+    out = host.like(logits, logits.shape)
+    inverse_t, cap, kind = host.scaling(temperature, softcap)
+    inner, near, far, unit = host.rows_of(logits)
+    ref_inner, ref_near, ref_far, ref_unit = host.rows_of(ref_logits)
+    *tile, warps = host.tile(width, kind, 8, 2, logits.dtype)
+    host.launch(
         q_values_kernel,
         values.numel(),
         logits,
-        *(logits, ref_logits, tt.compact(values), out, width, inner, near, far),
+        *(logits, ref_logits, host.compact(values), out, width, inner, near, far),
         *(ref_inner, ref_near, ref_far, tau, inverse_t, cap),
         *(unit, ref_unit, 8 if width % 8 == 0 else 1, kind, *tile),
         num_warps=warps,

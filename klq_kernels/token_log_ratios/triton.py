@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels.token_logprobs.triton import run
 
 
@@ -15,8 +15,8 @@ def token_log_ratios(
     temperature: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    log_ratios = tt.like(logits, actions.shape)
-    row_stats = tt.like(logits, (3, *actions.shape))
+    log_ratios = host.like(logits, actions.shape)
+    row_stats = host.like(logits, (3, *actions.shape))
     run(
         logits,
         ref_logits,

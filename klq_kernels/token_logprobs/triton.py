@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._triton import (
     capped,
     column,
@@ -229,18 +229,18 @@ def run(
 ) -> None:
     """Fills the outputs that are given."""
     width = logits.shape[-1]
-    inverse_t, cap, kind = tt.scaling(temperature, softcap)
-    inner, near, far, unit = tt.rows_of(logits)
-    layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
+    inverse_t, cap, kind = host.scaling(temperature, softcap)
+    inner, near, far, unit = host.rows_of(logits)
+    layout = (inner, near, far, unit) if ref_logits is None else host.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    *tile, warps = tt.tile(width, kind, 4, 4, logits.dtype)
-    tt.launch(
+    *tile, warps = host.tile(width, kind, 4, 4, logits.dtype)
+    host.launch(
         logprobs_kernel,
         actions.numel(),
         logits,
-        *(logits, ref_logits, tt.compact(actions), tt.compact(mask)),
-        tt.compact(cu_seqlens),
-        *(tt.compact(cached), logprobs, ref_logprobs, log_ratios, row_stats),
+        *(logits, ref_logits, host.compact(actions), host.compact(mask)),
+        host.compact(cu_seqlens),
+        *(host.compact(cached), logprobs, ref_logprobs, log_ratios, row_stats),
         *(actions.numel(), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, width),
         *(inner, near, far, ref_inner, ref_near, ref_far, inverse_t, cap),
         *(unit, ref_unit, kind, *tile),
@@ -251,8 +251,8 @@ def run(
 def token_logprobs(
     logits: Tensor, actions: Tensor, mask: Tensor | None, temperature: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    logprobs = tt.like(logits, actions.shape)
-    row_stats = tt.like(logits, (3, *actions.shape))
+    logprobs = host.like(logits, actions.shape)
+    row_stats = host.like(logits, (3, *actions.shape))
     run(
         logits,
         None,
@@ -276,16 +276,22 @@ def token_logprobs_backward(
     softcap: float,
 ) -> Tensor:
     width = logits.shape[-1]
-    out = tt.like(logits, logits.shape, logits.dtype)
-    inverse_t, cap, kind = tt.scaling(temperature, softcap)
-    inner, near, far, unit = tt.rows_of(logits)
-    r, lanes, vector, warps = tt.tile(width, kind, 8, 4, logits.dtype)
-    tiles = tt.tiles_of(width, r * lanes * vector)
-    tt.launch(
+    out = host.like(logits, logits.shape, logits.dtype)
+    inverse_t, cap, kind = host.scaling(temperature, softcap)
+    inner, near, far, unit = host.rows_of(logits)
+    r, lanes, vector, warps = host.tile(width, kind, 8, 4, logits.dtype)
+    tiles = host.tiles_of(width, r * lanes * vector)
+    host.launch(
         backward_kernel,
         actions.numel() * tiles,
         logits,
-        *(tt.compact(grad), logits, tt.compact(actions), tt.compact(mask), tt.compact(row_stats)),
+        *(
+            host.compact(grad),
+            logits,
+            host.compact(actions),
+            host.compact(mask),
+            host.compact(row_stats),
+        ),
         *(out, actions.numel(), tiles, width, inner, near, far, inverse_t, cap),
         *(unit, 8 if width % 8 == 0 else 1, kind, r, lanes, vector),
         num_warps=warps,

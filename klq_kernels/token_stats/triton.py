@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klq_kernels import _triton as tt
+from klq_kernels import _triton_host as host
 from klq_kernels._triton import (
     capped,
     column,
@@ -204,17 +204,17 @@ def token_stats(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = [actions.shape] * 2 + [actions.shape if ref_logits is not None else (0,)] * 2
-    out = tuple(tt.like(logits, shape) for shape in shapes)
-    inverse_t, cap, kind = tt.scaling(temperature, softcap)
-    inner, near, far, unit = tt.rows_of(logits)
-    layout = (inner, near, far, unit) if ref_logits is None else tt.rows_of(ref_logits)
+    out = tuple(host.like(logits, shape) for shape in shapes)
+    inverse_t, cap, kind = host.scaling(temperature, softcap)
+    inner, near, far, unit = host.rows_of(logits)
+    layout = (inner, near, far, unit) if ref_logits is None else host.rows_of(ref_logits)
     ref_inner, ref_near, ref_far, ref_unit = layout
-    *tile, warps = tt.tile(logits.shape[-1], kind, 4, 2, logits.dtype)
-    tt.launch(
+    *tile, warps = host.tile(logits.shape[-1], kind, 4, 2, logits.dtype)
+    host.launch(
         token_stats_kernel,
         actions.numel(),
         logits,
-        *(logits, ref_logits, tt.compact(actions), tt.compact(mask), *out),
+        *(logits, ref_logits, host.compact(actions), host.compact(mask), *out),
         *(logits.shape[-1], inner, near, far, ref_inner, ref_near, ref_far, inverse_t, cap),
         *(unit, ref_unit, kind, *tile),
         num_warps=warps,

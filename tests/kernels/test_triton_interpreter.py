@@ -145,13 +145,13 @@ class Padded:
 @pytest.mark.parametrize("name", ["plain", "strided", "packed", "vocabulary_4099", "capped_low"])
 @pytest.mark.parametrize("op", [name for name in SPECS if not name.startswith("linear")])
 def test_nothing_is_written_outside(monkeypatch, op, name):
-    from klq_kernels import _triton
+    from klq_kernels import _triton_host
 
     spec = SPECS[op]
     if not any(c.name == name for c in spec.cases):
         return
     padded = Padded()
-    monkeypatch.setattr(_triton, "like", padded.empty)
+    monkeypatch.setattr(_triton_host, "like", padded.empty)
     for dtype in (torch.float32, torch.float16):
         run(spec, spec.inputs("cpu", dtype, case(name)), "triton")
     assert padded.buffers and padded.intact()
@@ -191,9 +191,9 @@ def test_long_sequences_cut_into_tiles(monkeypatch, lengths, trace):
         inputs["trace"] = inputs["rewards"].sigmoid()
         del inputs["lam"]
     launched = []
-    launch = module.tt.launch
+    launch = module.host.launch
     monkeypatch.setattr(
-        module.tt, "launch", lambda kernel, *args, **how: (launched.append(kernel.__name__),
+        module.host, "launch", lambda kernel, *args, **how: (launched.append(kernel.__name__),
                                                            launch(kernel, *args, **how))
     )  # fmt: skip
     check(spec, inputs, "triton", torch.float32)
