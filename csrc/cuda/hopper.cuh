@@ -14,6 +14,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+// A value the compiler keeps in a register: it would reckon an address in shared memory anew at
+// every use, six instructions each.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
 }
@@ -66,6 +73,30 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
         "l"(from), "r"(bytes), "r"(bar)
         : "memory");
   }
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
+// The 16 bytes that begin `shift` bytes after `from`; the next 16 are read only for shift > 0. The
+// shift is the same for all threads of a warp.
+__device__ __forceinline__ uint4 load_shifted(uint32_t from, int shift) {
+  const uint4 x = load_shared(from);
+  if (shift == 0) return x;
+  const uint4 y = load_shared(from + 16);
+  uint32_t w[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+  const bool one = shift & 4, two = shift & 8;
+#pragma unroll
+  for (int k = 0; k < 7; ++k) w[k] = one ? w[k + 1] : w[k];
+#pragma unroll
+  for (int k = 0; k < 5; ++k) w[k] = two ? w[k + 2] : w[k];
+  const uint32_t bits = (shift & 3) * 8;
+  return make_uint4(__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+                    __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
 }
 // `address` of this block, in block `rank` of the cluster.
 __device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {

@@ -177,9 +177,9 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
                                                                 done);
     };
     if constexpr (kHeavy)  // more registers
-      return run(RingShape<256, 32, 2, 12, 2>{});
+      return run(RingShape<256, 32, 4, 6, 2>{});
     else
-      return run(RingShape<256, 32, 2, 8, 3>{});
+      return run(RingShape<256, 32, 4, 4, 3>{});
   } else {
     using Shape = RingShape<256, 256, 4, 13, 1>;
     // room for the row and for a quarter of it to be on its way

@@ -159,32 +159,38 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     // --- summers
     uint32_t stage = 0, phase = 0;
     int slot = 0, turn = 0;
+    // a warp's units of a chunk are neighbours, so that the last chunk leaves whole warps idle
+    constexpr int kUnits = 32 * U;  // of a chunk, for a warp
+    const uint32_t held = opaque(shared_address(stages + warp * kUnits + lane));
     for (int64_t i = first; i < active; i += step) {
       barrier_wait(shared_address(&full[stage]), phase);  // infos[slot] was written before it
       const RowInfo<Op>& info = infos[slot];
       const int shifts[2] = {shift_of(info.row), kRef ? shift_of(info.ref) : 0};
       const int leads[2] = {lead_of(info.row), kRef ? lead_of(info.ref) : 0};
-      // the unit of the chosen token, from the first of the chunk at hand
-      int target = info.action < 0 ? -1 : info.action / kWidth - begin;
+      // the chosen token's unit, from this warp's first of the chunk at hand
+      int target = info.action < 0 ? -1 : info.action / kWidth - begin - warp * kUnits;
       const int hit_element = info.action & (kWidth - 1);
       Sum sum;
+      float point = 0.0f, ref_point = 0.0f;
+      bool huge = false;
       const bool aligned = (shifts[0] | shifts[1]) == 0;
-      int left = min(mine * kWidth, width - begin * kWidth);  // columns still to come
+      // columns from there to the end
+      int left = min(mine * kWidth, width - begin * kWidth) - warp * kUnits * kWidth;
       for (int c = 0; c < ring.chunks; ++c, left -= kFull, target -= Shape::kStage) {
-        const bool whole = left >= kFull && unsigned(target) >= unsigned(Shape::kStage);
+        const bool whole = left >= kUnits * kWidth && unsigned(target) >= unsigned(kUnits);
         uint32_t w[kRows][U][kWords], top[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           barrier_wait(shared_address(&full[stage]), phase);
-          const uint4* from = stages + stage * kPitch + leads[k] + thread;
+          const uint32_t from = held + (stage * kPitch + leads[k]) * 16;
           // all loads at once, without a branch: what lies past the end is dropped below
           uint4 x[U];
 #pragma unroll
           for (int u = 0; u < U; ++u)
-            if (aligned) x[u] = from[u * Shape::kSum];
+            if (aligned) x[u] = load_shared(from + u * 512);
           if (!aligned) {
 #pragma unroll
-            for (int u = 0; u < U; ++u) x[u] = load_shifted(from + u * Shape::kSum, shifts[k]);
+            for (int u = 0; u < U; ++u) x[u] = load_shifted(from + u * 512, shifts[k]);
           }
 #pragma unroll
           for (int u = 0; u < U; ++u)
@@ -192,7 +198,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           if (!whole) {
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-              const int v = thread + u * Shape::kSum, there = left - v * kWidth;
+              const int v = lane + u * 32, there = left - v * kWidth;
               if (v == target) {
 #pragma unroll
                 for (int j = 0; j < kWords; ++j)
@@ -205,20 +211,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               }
             }
           }
-          top[k] = V::kMinusInf;
+          top[k] = w[k][0][0];
 #pragma unroll
-          for (int u = 0; u < U; ++u)
-            top[k] = V::max(top[k],
-                            V::max(V::max(w[k][u][0], w[k][u][1]), V::max(w[k][u][2], w[k][u][3])));
+          for (int j = 1; j < U * kWords; ++j) top[k] = V::max(top[k], w[k][j / kWords][j % kWords]);
           if (!kGrad) {
             __syncwarp();
             if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
           }
           if (++stage == kStages) stage = 0, phase ^= 1;
         }
-        sum.raise(capped<CAPPED>(V::top(top[0]), scale),
-                  kRef ? capped<CAPPED>(V::top(top[kRows - 1]), scale) : 0.0f, scale);
-        const float point = scale.point(sum.max), ref_point = scale.point(sum.ref_max);
+        if (left <= 0) continue;  // the row ended before this warp's units
+        if (sum.make_room(capped<CAPPED>(V::top(top[0]), scale),
+                          kRef ? capped<CAPPED>(V::top(top[kRows - 1]), scale) : 0.0f, scale)) {
+          point = scale.point(sum.max), ref_point = scale.point(sum.ref_max);
+          huge = scale.huge(sum.max) || (kRef && scale.huge(sum.ref_max));
+        }
         constexpr int kParts = 2;  // chains of additions
         Sum parts[kParts];
         auto add = [&](auto exponent) {
@@ -237,7 +244,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             }
           }
         };
-        if (scale.huge(sum.max) || (kRef && scale.huge(sum.ref_max)))
+        if (huge)
           add([&](float y, float max, float here) { return scale.exponent(y, max, here); });
         else
           add([&](float y, float, float here) { return fmaf(y, scale.factor, -here); });
@@ -247,7 +254,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           sum.ref_sum += parts[p].ref_sum, sum.cross += parts[p].cross;
         }
       }
-      sum.raise(info.chosen, info.ref_chosen, scale);  // in the maximum, not in the sum
+      sum.see(info.chosen, info.ref_chosen);  // in the maximum, not in the sum
       sum.merge_warp(scale);
       const uint32_t bar = shared_address(&ready[slot]);
       if (!kGrad && (turn > 0 || slot >= kSlots / 2)) {
@@ -326,6 +333,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           T* out = out_row + first;
           const Cut<T> cut(out, columns(c));
           const uint4* held = stages + stage * kPitch + lead;
+          const uint32_t from = shared_address(held + me);
           if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
           const int at = shift + cut.head * int(sizeof(T));
           const int edge = me < 32 ? cut.edge(lane) : -1;
@@ -337,12 +345,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           uint4 x[kLoads];
 #pragma unroll
           for (int u = 0; u < kLoads; ++u)
-            if (at == 0) x[u] = held[me + u * Shape::kClose];
+            if (at == 0) x[u] = load_shared(from + u * Shape::kClose * 16);
           if (at != 0) {
 #pragma unroll
             for (int u = 0; u < kLoads; ++u)
               if (me + u * Shape::kClose < cut.body)
-                x[u] = load_shifted(held + at / 16 + me + u * Shape::kClose, at & 15);
+                x[u] = load_shifted(from + (at / 16 + u * Shape::kClose) * 16, at & 15);
           }
           __syncwarp();
           if (lane == 0) barrier_arrive(shared_address(&empty[stage]));

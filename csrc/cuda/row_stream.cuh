@@ -153,7 +153,7 @@ __device__ __forceinline__ Sums<REF, MOMENTS> sum_row(const Reader& in, int acti
     }
     sum.add(z, zr, scale);
   }
-  sum.raise(chosen, ref_chosen, scale);
+  sum.see(chosen, ref_chosen);
   sum.merge_warp(scale);
   if (LANES > 32) {
     if (group.lane == 0) sum.store(partial[group.turn][group.warp]);

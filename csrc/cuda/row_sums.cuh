@@ -15,6 +15,7 @@ struct Sums {
   float max = -infinity(), sum = 0.0f;
   float ref_max = -infinity(), ref_sum = 0.0f;
   float plain = 0.0f, cross = 0.0f;
+  float best = -infinity(), ref_best = -infinity();  // elements seen; max may lag behind
   static constexpr int kFloats = 2 + 2 * REF + (1 + REF) * MOMENTS;
 
   // what an exponent changes by when the maximum moves
@@ -22,10 +23,10 @@ struct Sums {
     if (from == -infinity()) return 0.0f;  // there were no terms
     return (from - to) * s.factor - (s.excess(from) - s.excess(to));
   }
-  // moves the reference points up to what is now the largest element
-  __device__ __forceinline__ void raise(float to, float ref_to, const Scale& s) {
+  // moves the reference points up to what is now the largest element; whether they moved
+  __device__ __forceinline__ bool raise(float to, float ref_to, const Scale& s) {
     const bool up = to > max, ref_up = REF && ref_to > ref_max;
-    if (!up && !ref_up) return;
+    if (!up && !ref_up) return false;
     const float by = up ? shift(max, to, s) : 0.0f;
     const float ref_by = ref_up ? shift(ref_max, ref_to, s) : 0.0f;
     const float f = !up ? 1.0f : max == -infinity() ? 0.0f : exp2_fast(by);
@@ -39,14 +40,29 @@ struct Sums {
       ref_sum *= ref_max == -infinity() ? 0.0f : exp2_fast(ref_by);
       ref_max = ref_to;
     }
+    return true;
+  }
+  // Elements up to `top` may be added after it; whether the points moved. They move only for an
+  // exponent above 8: were `max` the maximum at any time, then in a short row nearly every step of
+  // a warp would move some lane's, which took a tenth of the forward (H200, 2026-11-22).
+  __device__ __forceinline__ bool make_room(float top, float ref_top, const Scale& s) {
+    see(top, ref_top);
+    const bool far = top > max + s.slack || (REF && ref_top > ref_max + s.slack);
+    return far && raise(top, ref_top, s);
+  }
+  __device__ __forceinline__ void see(float y, float ref) {
+    best = fmaxf(best, y);
+    if (REF) ref_best = fmaxf(ref_best, ref);
   }
   // t and u are exponents at the present points
   __device__ __forceinline__ void add(float t, float u) {
     const float e = exp2_fast(t);
     sum += e;
     if (REF) ref_sum += exp2_fast(u);
-    if (MOMENTS) plain = fmaf(e, fmaxf(t, -16384.0f), plain);  // 0 * -inf
-    if (MOMENTS && REF) cross = e > 0.0f ? fmaf(e, t - u, cross) : cross;
+    if (MOMENTS && e > 0.0f) {  // else 0 * -inf
+      plain = fmaf(e, t, plain);
+      if (REF) cross = fmaf(e, t - u, cross);
+    }
   }
   // N elements y of each row
   template <int N, int R>
@@ -57,15 +73,15 @@ struct Sums {
       top = fmaxf(top, y[e]);
       if (REF) ref_top = fmaxf(ref_top, ref[e]);
     }
-    raise(top, ref_top, s);
+    make_room(top, ref_top, s);
     const float here = s.point(max), ref_here = s.point(ref_max);
 #pragma unroll
     for (int e = 0; e < N; ++e)
       add(s.exponent(y[e], max, here), REF ? s.exponent(ref[e], ref_max, ref_here) : 0.0f);
   }
-  // over the 32 lanes of a warp; every lane gets the same bits
+  // over the 32 lanes of a warp, at the maximum; every lane gets the same bits
   __device__ __forceinline__ void merge_warp(const Scale& s) {
-    float top = max, ref_top = ref_max;
+    float top = fmaxf(max, best), ref_top = fmaxf(ref_max, ref_best);
 #pragma unroll
     for (int o = 16; o; o /= 2) {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, o));

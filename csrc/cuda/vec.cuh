@@ -8,6 +8,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/rows.h"
 
 namespace klq::cuda {
@@ -139,6 +141,7 @@ struct Vec<f16> {
 struct Scale {
   double temperature;
   float factor, inverse;   // log2(e) / T, 1 / T
+  float slack;             // what is 8 in an exponent
   float softcap, inv_cap;  // 0: none
 
   Scale() = default;
@@ -146,6 +149,7 @@ struct Scale {
       : temperature(s.temperature),
         factor(float(1.44269504088896340736 / s.temperature)),
         inverse(float(1.0 / s.temperature)),
+        slack(float(std::min(8.0 * s.temperature / 1.44269504088896340736, 1e38))),
         softcap(float(s.softcap)),
         inv_cap(s.softcap > 0 ? float(1.0 / s.softcap) : 0.0f) {}
 
@@ -216,22 +220,5 @@ struct Cut {
     return e < head + tail ? body * kWidth + e : -1;
   }
 };
-
-// The 16 bytes that begin `shift` bytes after v[0]; v[1] is read only for shift > 0. The shift is
-// the same for all threads of a warp.
-__device__ __forceinline__ uint4 load_shifted(const uint4* v, int shift) {
-  const uint4 x = v[0];
-  if (shift == 0) return x;
-  const uint4 y = v[1];
-  uint32_t w[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-  const bool one = shift & 4, two = shift & 8;
-#pragma unroll
-  for (int k = 0; k < 7; ++k) w[k] = one ? w[k + 1] : w[k];
-#pragma unroll
-  for (int k = 0; k < 5; ++k) w[k] = two ? w[k + 2] : w[k];
-  const uint32_t bits = (shift & 3) * 8;
-  return make_uint4(__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
-                    __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
-}
 
 }  // namespace klq::cuda

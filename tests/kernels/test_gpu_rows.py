@@ -6,7 +6,7 @@ What an op allocates itself has no canaries here: that is compute-sanitizer's (`
 
 import pytest
 import torch
-from gpu_calls import BF16, DEVICE, F16, F32, each_backend, far_targets, on
+from gpu_calls import BF16, DEVICE, F16, F32, each_backend, on
 from oracle import (
     Run,
     check,
@@ -76,7 +76,7 @@ def assert_only(view: Tensor, block: Tensor, before: Tensor) -> None:
 
 def masked_nan(op: str, dtype: torch.dtype, vocabulary: int, leading) -> dict:
     """Inputs of an op whose inactive tokens are NaN, ids too."""
-    inputs = far_targets(SPECS[op].inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary))
+    inputs = SPECS[op].inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary)
     inputs["mask"][0, 0], inputs["mask"][0, 1] = True, False
     inputs["actions"][0, 0], inputs["actions"][-1, -1] = vocabulary - 1, 0
     return poison(inputs, ~inputs["mask"], torch.nan)
@@ -170,7 +170,7 @@ def test_more_rows_than_fit_at_once(backend, leading, vocabulary, dtype, percent
     grid's second dimension."""
     for op in ("token_logprobs", "token_stats", "klq_loss", "klq_targets"):
         spec = SPECS[op]
-        inputs = far_targets(spec.inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary))
+        inputs = spec.inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary)
         inputs["mask"] = torch.rand(leading, device=DEVICE) < percent / 100
         inputs["logits"].masked_fill_(~inputs["mask"].unsqueeze(-1), torch.nan)
         check_slices(spec, inputs, backend, dtype, max(1, leading[0] // 8))
