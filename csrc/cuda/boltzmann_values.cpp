@@ -8,7 +8,7 @@ namespace {
 Tensor boltzmann_values(Tensor q, Tensor ref_logits, double tau, double temperature,
                         double softcap) {
   const char* op = "boltzmann_values";
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const OnDeviceOf guard(op, "q", q);
   const Rows rows = rows_of(op, q), ref = rows_like(op, ref_logits, q, rows);
   std::vector<int64_t> shape;
   for (int64_t d = 0; d + 1 < q.dim(); ++d) shape.push_back(q.size(d));

@@ -7,7 +7,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, double lam,
                                MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor bootstrap) {
-  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const OnDeviceOf guard("gae", "values", values);
   Tensor a = new_floats(values), g = new_floats(values);
   run_scan("gae",
            {std::nullopt, values, rewards, std::nullopt, mask, cu_seqlens, bootstrap, std::nullopt,

@@ -21,6 +21,20 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// The device of `x` is current while it lives. An op of several tensors comes here when any of them
+// is on a CUDA device, so this one may not be.
+struct OnDeviceOf : torch::stable::accelerator::DeviceGuard {
+  OnDeviceOf(const char* op, const char* name, const Tensor& x)
+      : DeviceGuard(checked(op, name, x)) {}
+
+ private:
+  static torch::stable::accelerator::DeviceIndex checked(const char* op, const char* name,
+                                                         const Tensor& x) {
+    KLQ_CHECK(op, x.is_cuda(), name, " must be on a CUDA device");
+    return x.get_device_index();
+  }
+};
+
 inline cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> klq_loss(
     MaybeTensor mask, MaybeTensor weights, MaybeTensor normalizer, double temperature,
     double softcap, bool need_grad) {
   const char* op = "klq_loss";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const Rows rows = rows_of(op, logits);
   const int64_t none = 0;
   Tensor dlogits = need_grad ? new_like(logits, logits.sizes()) : new_like(logits, {&none, 1});
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> klq_loss_(Tensor logits, Tensor actio
                                                      MaybeTensor weights, MaybeTensor normalizer,
                                                      double temperature, double softcap) {
   const char* op = "klq_loss_";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const Rows rows = rows_of(op, logits);
   Loss out = run(op, logits, rows, &rows, actions, values, ref_logprobs, returns, tau, mask,
                  weights, normalizer, {temperature, softcap});
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> klq_loss_(Tensor logits, Tensor actio
 
 void klq_loss_backward_(Tensor dlogits, Tensor unscale, Tensor upstream) {
   const char* op = "klq_loss_backward_";
-  const torch::stable::accelerator::DeviceGuard guard(dlogits.get_device_index());
+  const OnDeviceOf guard(op, "dlogits", dlogits);
   const Rows rows = rows_of(op, dlogits);
   const bool scaled = unscale.numel() > 0;
   const Array<float> factor(op, "upstream", upstream, ScalarType::Float, dlogits, 1);

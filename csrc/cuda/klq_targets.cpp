@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> klq_targets(
   const char* op = "klq_targets";
   KLQ_CHECK(op, ref_logits.has_value() != ref_logprobs.has_value(),
             "exactly one of ref_logits and ref_logprobs is needed");
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const cudaStream_t stream = current_stream(logits);
   const Rows rows = rows_of(op, logits);
   const Rows ref = ref_logits ? rows_like(op, *ref_logits, logits, rows) : Rows{};

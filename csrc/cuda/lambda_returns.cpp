@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor valu
                                                   MaybeTensor lam_rows, double alpha,
                                                   MaybeTensor mask, MaybeTensor cu_seqlens,
                                                   MaybeTensor bootstrap, MaybeTensor trace) {
-  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const OnDeviceOf guard("lambda_returns", "values", values);
   Tensor q = new_floats(values), a = new_floats(values), g = new_floats(values);
   run_scan("lambda_returns",
            {log_ratios, values, rewards, lam_rows, mask, cu_seqlens, bootstrap, trace, tau, gamma,

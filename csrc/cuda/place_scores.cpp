@@ -6,7 +6,7 @@ namespace {
 
 Tensor place_scores(Tensor scores, Tensor mask, MaybeTensor cu_seqlens) {
   const char* op = "place_scores";
-  const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
+  const OnDeviceOf guard(op, "mask", mask);
   const SequencesInput seqs(op, mask, cu_seqlens);
   const RealInput score(op, "scores", scores, mask, seqs.per_sequence());
   const MaskInput use(op, mask, mask, seqs.seqs.tokens);

@@ -9,7 +9,7 @@ namespace {
 Tensor q_values(Tensor logits, Tensor ref_logits, Tensor values, double tau, double temperature,
                 double softcap) {
   const char* op = "q_values";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const Rows rows = rows_of(op, logits), ref = rows_like(op, ref_logits, logits, rows);
   const Array<float> v(op, "values", values, ScalarType::Float, logits, rows.count);
   Tensor q = new_floats(logits, logits.sizes());

@@ -10,7 +10,6 @@
 namespace klq::cuda {
 
 inline Rows rows_of(const char* op, const Tensor& x) {
-  KLQ_CHECK(op, x.is_cuda(), "rows must be on a CUDA device");
   const RowLayout l = row_layout(op, x);
   Rows r;
   r.data = x.data_ptr();
@@ -37,9 +36,9 @@ inline Rows rows_of(const char* op, const Tensor& x) {
 
 // The reference's rows, of the shape of `like`.
 inline Rows rows_like(const char* op, const Tensor& x, const Tensor& logits, const Rows& like) {
-  const Rows r = rows_of(op, x);
-  KLQ_CHECK(op, x.get_device_index() == logits.get_device_index(),
+  KLQ_CHECK(op, x.is_cuda() && x.get_device_index() == logits.get_device_index(),
             "both logits must be on the same device");
+  const Rows r = rows_of(op, x);
   KLQ_CHECK(op, r.count == like.count && r.width == like.width,
             "both logits must have the same shape");
   return r;

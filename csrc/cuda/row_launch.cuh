@@ -162,14 +162,12 @@ cudaError_t with_reader(const Rows& rows, const Rows* ref, const Rows* out, cons
   return rows.type == Type::bf16 ? typed(Tag<Vectors<bf16>>{}) : typed(Tag<Vectors<f16>>{});
 }
 
-constexpr int64_t kShortRow = 16 << 10;  // bytes: a row whose second read comes from L1
-
 // *done = false: no ring for this shape or device.
 template <class T, bool CAPPED, class Op>
 cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const Device& device,
                      cudaStream_t stream, bool* done) {
   const int64_t bytes = set.rows.width * int64_t(sizeof(T));
-  if (bytes <= kShortRow) return cudaSuccess;
+  if (bytes <= kShortRow) return cudaSuccess;  // its second read comes from L1
   constexpr bool kHeavy = CAPPED || Op::kHeavy;
   if constexpr (!Op::kGrad) {
     auto run = [&](auto shape) {
@@ -177,9 +175,9 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
                                                                 done);
     };
     if constexpr (kHeavy)  // more registers
-      return run(RingShape<256, 32, 4, 6, 2>{});
+      return run(RingShape<256, 0, 4, 6, 2>{});
     else
-      return run(RingShape<256, 32, 4, 4, 3>{});
+      return run(RingShape<256, 0, 4, 4, 3>{});
   } else {
     using Shape = RingShape<256, 256, 4, 13, 1>;
     // room for the row and for a quarter of it to be on its way

@@ -3,35 +3,40 @@
 // stays in shared memory between its sum and its gradient.
 //
 // Persistent clusters of 1 to 8 blocks walk over the rows; each block holds a slice of the row. The
-// warps of a block have three roles, and no role ever waits for a row's latencies:
+// warps of a block have roles, and no role ever waits for another's latencies:
 //   - the producer keeps a ring of shared-memory stages full with bulk copies, across row borders,
 //     and looks up what a row needs (its action and other inputs), 32 rows at a time;
 //   - summers visit each stage once and leave one partial sum a warp and row;
-//   - closers merge the partial sums of all blocks of the cluster, always in the same order, so
-//     that results are the same bits on every run; with a gradient they then visit the stages again
-//     and write it, while the summers are at the next row. Only then is a stage refilled.
-// Sums meet in `slots`, one a row, used in turn. With a gradient a row holds at least one stage
-// until its closers are done, so no role can be more than kStages rows ahead of a later role of its
-// block, nor 2 kStages + 1 ahead of another block's. Without one, summers wait until the row kSlots
-// / 2 before theirs is `closed`, and the producer is at most kStages ahead of them.
+//   - the closer merges the partial sums of all blocks of the cluster, always in the same order, so
+//     that results are the same bits on every run, and finishes rows in double precision: eight at
+//     once, a lane each, or one by one where a gradient waits for it;
+//   - writers, for a gradient, visit the stages of a closed row again and write it, while the
+//     summers are at the next row. Only then is a stage refilled.
+// Sums meet in `slots`, one a row, used in turn. Rows are long enough to take two stages, so the
+// stages hold kRowsHeld rows at most. With a gradient a row holds its stages until it is written,
+// so no role can be more than kRowsHeld rows ahead of a later role of its block, nor 2 kRowsHeld +
+// 1 ahead of another block's. Without one, summers wait until the row kSlots / 2 before theirs is
+// `closed`, and the producer is at most kRowsHeld ahead of them.
 #pragma once
 #include "cuda/hopper.cuh"
 #include "cuda/row_sums.cuh"
 
 namespace klq::cuda {
 
-constexpr int kSlots = 28;
+constexpr int kSlots = 16;
+constexpr int kShortRow = 16 << 10;  // bytes; rows up to here are not for the ring
 
-// threads that sum, threads that close, vectors a summer takes of a stage, stages, blocks an SM
-template <int SUM, int CLOSE, int U, int STAGES, int BLOCKS>
+// threads that sum, threads that write, vectors a summer takes of a stage, stages, blocks an SM
+template <int SUM, int WRITE, int U, int STAGES, int BLOCKS>
 struct RingShape {
-  static constexpr int kSum = SUM, kClose = CLOSE, kUnroll = U, kStages = STAGES, kBlocks = BLOCKS;
+  static constexpr int kSum = SUM, kWrite = WRITE, kUnroll = U, kStages = STAGES, kBlocks = BLOCKS;
   static constexpr int kStage = SUM * U;  // units of 16 bytes
-  static constexpr int kThreads = SUM + CLOSE + 32;
+  static constexpr int kThreads = SUM + WRITE + 64;
   // a copy keeps its place in the 128-byte line, so that lines arrive whole
   static constexpr int kPitch = kStage + 8;
   static constexpr int kBytes = STAGES * kPitch * 16;
-  static_assert(kStage % 8 == 0 && kStage % CLOSE == 0);
+  static constexpr int kRowsHeld = (STAGES - 2) / (kShortRow / (kStage * 16) + 1) + 2;
+  static_assert(kStage % 8 == 0 && (WRITE == 0 || kStage % WRITE == 0));
 };
 
 // How the rows spread over blocks: set by the launcher from shapes alone.
@@ -43,6 +48,19 @@ struct Ring {
   bool keep;    // the row is written back where it was read
 };
 
+// What the writers need of a closed row: its gradient is factor 2^exponent(y) dy/dz, and at the
+// chosen token chosen dy/dz.
+struct RowGradient {
+  float max, point, factor, chosen;
+
+  RowGradient() = default;
+  __device__ RowGradient(float coefficient, const RowSum& row)
+      : max(row.max),
+        point(row.point),
+        factor(-coefficient / row.raw_sum),
+        chosen(coefficient * (row.rest / row.total)) {}
+};
+
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     row_ring_kernel(const Rows rows, const Rows ref, const Rows gradients,
@@ -51,18 +69,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   using V = Vec<T>;
   constexpr bool kRef = Op::kRef, kGrad = Op::kGrad;
   using Sum = Sums<kRef, Op::kMoments>;
-  static_assert(!kGrad || (!kRef && Sum::kFloats == 2));        // a stage a chunk; a pair a warp
-  static_assert(kGrad || (!CLUSTERED && Shape::kClose == 32));  // one warp says `closed`
-  static_assert(2 * Shape::kStages + (kGrad ? 2 : 4) <= kSlots);
+  static_assert(!kGrad || (!kRef && Sum::kFloats == 2));  // a stage a chunk; a pair a warp
+  static_assert(kGrad ? Shape::kWrite > 0 : !CLUSTERED && Shape::kWrite == 0);
+  static_assert(kGrad ? 2 * Shape::kRowsHeld + 2 <= kSlots
+                      : Shape::kRowsHeld + kSlots / 2 + 2 <= kSlots);
   constexpr int kStages = Shape::kStages, U = Shape::kUnroll;
   constexpr int kPitch = Shape::kPitch;
-  constexpr int kSummers = Shape::kSum / 32, kClosers = Shape::kClose / 32;
+  constexpr int kSummers = Shape::kSum / 32, kWriters = Shape::kWrite / 32;
   constexpr int kPairs = kSummers * (CLUSTERED ? 8 : 1), kWords = 4, kPer = V::kPer;
   constexpr int kRows = 1 + kRef;  // stages a chunk takes
   extern __shared__ __align__(128) uint4 stages[];
   __shared__ __align__(8) uint64_t full[kStages], empty[kStages], ready[kSlots], closed[kSlots];
   __shared__ __align__(16) float partial[kSlots][kPairs][Sum::kFloats];
   __shared__ RowInfo<Op> infos[kSlots];
+  __shared__ RowGradient gradients_of[kGrad ? kSlots : 1];
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int cluster = CLUSTERED ? ring.cluster : 1, pairs = kSummers * cluster;
@@ -72,7 +92,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&empty[i]), kGrad ? kClosers : kSummers);
+      barrier_init(shared_address(&empty[i]), kGrad ? kWriters : kSummers);
     }
     for (int i = 0; i < kSlots; ++i) {
       // in a cluster the sums come as bytes that the barrier counts, from every block
@@ -103,7 +123,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   auto shift_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) & 15); };
   auto lead_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) >> 4 & 7); };
 
-  if (warp == kSummers + kClosers) {
+  if (warp == kSummers + kWriters + 1) {
     // --- producer: lane j looks up and loads every 32nd row
     uint32_t done = 0;  // stages asked for so far
     int slot = 0;
@@ -213,7 +233,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           }
           top[k] = w[k][0][0];
 #pragma unroll
-          for (int j = 1; j < U * kWords; ++j) top[k] = V::max(top[k], w[k][j / kWords][j % kWords]);
+          for (int j = 1; j < U * kWords; ++j)
+            top[k] = V::max(top[k], w[k][j / kWords][j % kWords]);
           if (!kGrad) {
             __syncwarp();
             if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
@@ -280,17 +301,24 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         if (edge >= 0) V::put(out + edge, 0.0f);
       }
     }
-  } else {
-    // --- closers
-    const int me = thread - Shape::kSum;
-    const int who = rank == 0 ? me : Shape::kThreads;  // 0: the thread that writes for the row
+  } else if (warp == kSummers + kWriters) {
+    // --- closer
+    const int who = rank == 0 ? lane : Shape::kThreads;  // 0: the thread that writes for the row
+    constexpr int kBatch = kGrad ? 1 : 8;
     uint32_t stage = 0, phase = 0, parity = 0;
-    int slot = 0;
+    int slot = 0, gathered = 0;
+    Sum mine;  // lane j keeps the j-th row of a batch
+    RowInfo<Op> my_info;
+    my_info.index = -1;
     for (int64_t i = first; i < active; i += step) {
       const uint32_t bar = shared_address(&ready[slot]);
       barrier_wait<CLUSTERED>(bar, parity);
-      // what other blocks sent says nothing of this block's `infos` and copies
-      if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
+      if (CLUSTERED) {
+        // what other blocks sent says nothing of this block's `infos` and copies
+        barrier_wait(shared_address(&full[stage]), phase);
+        stage += ring.chunks;
+        if (stage >= kStages) stage -= kStages, phase ^= 1;
+      }
       Sum sum;
       if (lane < pairs) sum.load(partial[slot][lane]);
       if (kPairs > 32 && lane + 32 < pairs) {
@@ -299,97 +327,111 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         sum.merge(other, scale);
       }
       sum.merge_warp(scale);
-      const RowInfo<Op>& info = infos[slot];
-      if (CLUSTERED && me == 0) barrier_expect(bar, 8 * pairs);  // for the slot's next row
-      if (++slot == kSlots) slot = 0, parity ^= 1;
-      const RowSum total(sum.max, sum.sum, info.chosen, scale);
-      const float coefficient = op.finish(info, sum, total, scale, who);
-      if constexpr (!kGrad) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&closed[(slot + kSlots - 1) % kSlots]));
-      } else {
-        const int action = info.action, shift = shift_of(info.row), lead = lead_of(info.row);
-        const float point = total.point, factor = -coefficient / total.raw_sum;
-        const float at_target =
-            info.chosen_z == -infinity()
-                ? 0.0f
-                : coefficient * (total.rest / total.total) * slope<CAPPED>(info.chosen_z, scale);
-        const float scaled_factor = factor * scale.inverse;
-        auto gradient = [&](float z) {
-          return scaled_factor * exp2_fast(fmaf(z, scale.factor, -point));
-        };
-        // a token of probability 0 keeps gradient 0, whatever the coefficient
-        auto careful = [&](float z) {
-          const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, point));
-          return e == 0.0f ? 0.0f : factor * slope<CAPPED>(z, scale) * e;
-        };
-        const bool ordinary =
-            !CAPPED && fabsf(scaled_factor) < infinity() && !scale.huge(total.max);
-        T* out_row = row_of<T>(gradients, info.index);
-        constexpr int kLoads = Shape::kStage / Shape::kClose;
-        for (int c = 0; c < ring.chunks; ++c) {
-          // vectors as the gradient's addresses have them; the row's may lie otherwise
-          const int first = first_column(c);
-          T* out = out_row + first;
-          const Cut<T> cut(out, columns(c));
-          const uint4* held = stages + stage * kPitch + lead;
-          const uint32_t from = shared_address(held + me);
-          if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
-          const int at = shift + cut.head * int(sizeof(T));
-          const int edge = me < 32 ? cut.edge(lane) : -1;
-          float edge_z = 0.0f;
-          if (edge >= 0)
-            edge_z = V::get(
-                reinterpret_cast<const T*>(reinterpret_cast<const char*>(held) + shift) + edge);
-          uint4* vectors = reinterpret_cast<uint4*>(out + cut.head);
-          uint4 x[kLoads];
-#pragma unroll
-          for (int u = 0; u < kLoads; ++u)
-            if (at == 0) x[u] = load_shared(from + u * Shape::kClose * 16);
-          if (at != 0) {
-#pragma unroll
-            for (int u = 0; u < kLoads; ++u)
-              if (me + u * Shape::kClose < cut.body)
-                x[u] = load_shifted(from + (at / 16 + u * Shape::kClose) * 16, at & 15);
-          }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
-          auto write = [&](auto value) {
-#pragma unroll
-            for (int u = 0; u < kLoads; ++u) {
-              const int v = me + u * Shape::kClose;
-              const uint32_t in[kWords] = {x[u].x, x[u].y, x[u].z, x[u].w};
-              uint32_t w[kWords];
-#pragma unroll
-              for (int j = 0; j < kWords; ++j) {
-                float z[kPer];
-                V::unpack(in[j], z);
-#pragma unroll
-                for (int e = 0; e < kPer; ++e) z[e] = value(z[e]);
-                w[j] = V::pack(z);
-              }
-              if (v < cut.body) vectors[v] = make_uint4(w[0], w[1], w[2], w[3]);
-            }
-          };
-          if (ordinary)
-            write(gradient);
-          else
-            write(careful);
-          if (++stage == kStages) stage = 0, phase ^= 1;
-          if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
-          // the chosen token's own element, by the thread that wrote its vector
-          const int in_body = action - first - cut.head;
-          if (action >= first && in_body >= 0 && in_body < cut.body * kWidth &&
-              in_body / kWidth % Shape::kClose == me)
-            V::put(out_row + action, at_target);
-        }
+      if (kGrad || lane == gathered) mine = sum, my_info = infos[slot];
+      if (CLUSTERED && lane == 0) barrier_expect(bar, 8 * pairs);  // for the slot's next row
+      auto finish = [&](int who) {
+        const RowSum row(mine.max, mine.sum, my_info.chosen, scale);
+        return RowGradient(op.finish(my_info, mine, row, scale, who), row);
+      };
+      if constexpr (kGrad) {
+        const RowGradient found = finish(who);
+        if (lane == 0) gradients_of[slot] = found;
       }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared_address(&closed[slot]));
+      if (!kGrad && (++gathered == kBatch || i + step >= active)) {
+        finish(lane < gathered ? 0 : 1);
+        gathered = 0;
+      }
+      if (++slot == kSlots) slot = 0, parity ^= 1;
     }
     if (active_rows.list && rank == 0) {  // inactive rows: what a row leaves behind is 0
       const int64_t rest = rows.count - active;
-      for (int64_t i = first + (me - lane) * step; i < rest; i += Shape::kClose * step) {
-        const int64_t mine = i + lane * step;
-        op.inactive(mine < rest ? active_rows.list[rows.count - 1 - mine] : -1);
+      for (int64_t i = first; i < rest; i += 32 * step) {
+        const int64_t there = i + lane * step;
+        op.inactive(there < rest ? active_rows.list[rows.count - 1 - there] : -1);
+      }
+    }
+  } else if constexpr (kGrad) {
+    // --- writers
+    const int me = thread - Shape::kSum;
+    uint32_t stage = 0, phase = 0, parity = 0;
+    int slot = 0;
+    for (int64_t i = first; i < active; i += step) {
+      barrier_wait(shared_address(&closed[slot]), parity);
+      const RowInfo<Op>& info = infos[slot];
+      const RowGradient found = gradients_of[slot];
+      if (++slot == kSlots) slot = 0, parity ^= 1;
+      const int action = info.action, shift = shift_of(info.row), lead = lead_of(info.row);
+      const float at_target =
+          info.chosen_z == -infinity() ? 0.0f : found.chosen * slope<CAPPED>(info.chosen_z, scale);
+      const float scaled_factor = found.factor * scale.inverse;
+      auto gradient = [&](float z) {
+        return scaled_factor * exp2_fast(fmaf(z, scale.factor, -found.point));
+      };
+      // a token of probability 0 keeps gradient 0, whatever the coefficient
+      auto careful = [&](float z) {
+        const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), found.max, found.point));
+        return e == 0.0f ? 0.0f : found.factor * slope<CAPPED>(z, scale) * e;
+      };
+      const bool ordinary = !CAPPED && fabsf(scaled_factor) < infinity() && !scale.huge(found.max);
+      T* out_row = row_of<T>(gradients, info.index);
+      constexpr int kLoads = Shape::kStage / Shape::kWrite;
+      for (int c = 0; c < ring.chunks; ++c) {
+        // vectors as the gradient's addresses have them; the row's may lie otherwise
+        const int first = first_column(c);
+        T* out = out_row + first;
+        const Cut<T> cut(out, columns(c));
+        const uint4* held = stages + stage * kPitch + lead;
+        const uint32_t from = shared_address(held + me);
+        if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
+        const int at = shift + cut.head * int(sizeof(T));
+        const int edge = me < 32 ? cut.edge(lane) : -1;
+        float edge_z = 0.0f;
+        if (edge >= 0)
+          edge_z = V::get(reinterpret_cast<const T*>(reinterpret_cast<const char*>(held) + shift) +
+                          edge);
+        uint4* vectors = reinterpret_cast<uint4*>(out + cut.head);
+        uint4 x[kLoads];
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u)
+          if (at == 0) x[u] = load_shared(from + u * Shape::kWrite * 16);
+        if (at != 0) {
+#pragma unroll
+          for (int u = 0; u < kLoads; ++u)
+            if (me + u * Shape::kWrite < cut.body)
+              x[u] = load_shifted(from + (at / 16 + u * Shape::kWrite) * 16, at & 15);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+        auto write = [&](auto value) {
+#pragma unroll
+          for (int u = 0; u < kLoads; ++u) {
+            const int v = me + u * Shape::kWrite;
+            const uint32_t in[kWords] = {x[u].x, x[u].y, x[u].z, x[u].w};
+            uint32_t w[kWords];
+#pragma unroll
+            for (int j = 0; j < kWords; ++j) {
+              float z[kPer];
+              V::unpack(in[j], z);
+#pragma unroll
+              for (int e = 0; e < kPer; ++e) z[e] = value(z[e]);
+              w[j] = V::pack(z);
+            }
+            if (v < cut.body) vectors[v] = make_uint4(w[0], w[1], w[2], w[3]);
+          }
+        };
+        if (ordinary)
+          write(gradient);
+        else
+          write(careful);
+        if (++stage == kStages) stage = 0, phase ^= 1;
+        if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
+        // the chosen token's own element, by the thread that wrote its vector
+        const int in_body = action - first - cut.head;
+        if (action >= first && in_body >= 0 && in_body < cut.body * kWidth &&
+            in_body / kWidth % Shape::kWrite == me)
+          V::put(out_row + action, at_target);
       }
     }
   }

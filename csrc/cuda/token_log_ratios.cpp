@@ -7,7 +7,7 @@ namespace {
 std::tuple<Tensor, Tensor> token_log_ratios(Tensor logits, Tensor ref_logits, Tensor actions,
                                             MaybeTensor mask, double temperature, double softcap) {
   const char* op = "token_log_ratios";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const cudaStream_t stream = current_stream(logits);
   const Rows rows = rows_of(op, logits), ref = rows_like(op, ref_logits, logits, rows);
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, logits, rows.count);

@@ -9,7 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor actions, MaybeTensor mask,
                                           double temperature, double softcap) {
   const char* op = "token_logprobs";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const cudaStream_t stream = current_stream(logits);
   const Rows rows = rows_of(op, logits);
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, logits, rows.count);
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> token_logprobs(Tensor logits, Tensor actions, MaybeTe
 Tensor token_logprobs_backward(Tensor grad, Tensor logits, Tensor actions, MaybeTensor mask,
                                Tensor row_stats, double temperature, double softcap) {
   const char* op = "token_logprobs_backward";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const Rows rows = rows_of(op, logits);
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, logits, rows.count);
   const Array<bool> use(op, "mask", mask, ScalarType::Bool, logits, rows.count);

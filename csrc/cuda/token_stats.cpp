@@ -8,7 +8,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor act
                                                        MaybeTensor ref_logits, MaybeTensor mask,
                                                        double temperature, double softcap) {
   const char* op = "token_stats";
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf guard(op, "logits", logits);
   const cudaStream_t stream = current_stream(logits);
   const Rows rows = rows_of(op, logits);
   const Rows ref = ref_logits ? rows_like(op, *ref_logits, logits, rows) : Rows{};
