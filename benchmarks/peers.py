@@ -211,10 +211,12 @@ PEERS: dict[str, list[Peer]] = {
     "klq_loss": [
         Peer("eager float32", lambda: autograd_loss(eager_logprobs, lambda f: f)),
         Peer("torch.compile", lambda: autograd_loss(lean_logprobs, compiled), compiles=True),
-        Peer("liger", lambda: liger_gradient(False), "liger-kernel", sign=-1),
-        Peer("liger, backward", lambda: liger_gradient(True), "liger-kernel", sign=-1),
-        Peer("quack", lambda: quack_gradient(True), "quack-kernels", sign=-1),
-        Peer("quack, new dx", lambda: quack_gradient(False), "quack-kernels", sign=-1),
+        Peer("liger, forward alone", lambda: liger_gradient(False), "liger-kernel", sign=-1),
+        Peer("liger", lambda: liger_gradient(True), "liger-kernel", sign=-1),
+        Peer("quack, forward alone", lambda: quack_gradient(True), "quack-kernels", sign=-1),
+        Peer(
+            "quack, forward alone, new dx", lambda: quack_gradient(False), "quack-kernels", sign=-1
+        ),
     ],
     "gae": [
         Peer("eager loop", _is(loop_gae), longest=2048),

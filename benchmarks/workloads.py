@@ -17,6 +17,7 @@ import klq_kernels as klq
 from benchmarks.measure import Bar, Check, Group, Side
 from benchmarks.peers import PEERS, logprobs_of, stats_of
 from benchmarks.scans import BACKENDS, TAU, packed_scan, require, scan, scan_checks
+from klq_kernels._dispatch import operator
 
 # what a result may be off, relative to the largest: coarse, the tests are exact
 SLACK = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -166,6 +167,14 @@ class Loss:
         ).loss
         return torch.autograd.grad(loss, (x, v))[0]
 
+    def operator(self, *, backend) -> Tensor:
+        """The forward alone: the gradients are there, for an upstream of 1."""
+        r = self.rows
+        args = r.actions, self.values, self.ref, self.returns, TAU, None, None, self.wanted.detach()
+        klq_loss_ = operator(backend, "klq_loss_")
+        klq_loss_(r.logits, *args, 1.0, 0.0)
+        return r.logits
+
     def check(self, gradient: Tensor, sign: int = 1, mask: Tensor | None = None):
         """64 rows, entry by entry, relative to the entry at the precision it is written in."""
         r, some = self.rows, self.rows.some
@@ -188,9 +197,14 @@ def klq_loss(tokens, vocabulary, *, dtype=torch.bfloat16, device="cuda", compile
     r = Rows(tokens, vocabulary, dtype, device)
     made = Loss(r)
     floor = 2 * size(r.logits) + tokens * 24
-    bars = (1.12, "floor"), (1 / 1.7, "liger"), (1.0, "quack")
     again = {"prepare": made.restore}  # for all, so that they start from the same cache
-    sides = ours("klq_loss", device, made.call, made.check, floor, bars=bars, **again)
+    sides = []
+    for call, name, suffix in (
+        (made.call, "{}", ""),
+        (made.operator, "{}, forward alone", ", forward alone"),
+    ):
+        bars = (1.12, "floor"), (1 / 1.7, f"liger{suffix}"), (1.0, "quack, forward alone")
+        sides += ours("klq_loss", device, call, made.check, floor, name=name, bars=bars, **again)
     args = r.logits, r.actions, made.values, made.ref, made.returns, TAU
     sides += theirs("klq_loss", args, lambda p, y: made.check(y, p.sign), floor, compiles, **again)
     return Group("klq_loss, in place", r.shape, sides)

@@ -55,7 +55,7 @@ def world(
         "log_ratios": normal(*leading, scale=0.5),
         "ref_logprobs": -normal(*leading).abs() - 1.0,
         # far from Q on either side: a residual that cancels has more error than its row is allowed
-        "returns": normal(*leading) + 16.0 * (uniform < 0.5) - 8.0,
+        "returns": normal(*leading) + 40.0 * (uniform < 0.5) - 20.0,
         "weights": uniform + 0.5,
         "scores": normal(*rows),
         "bootstrap": normal(*rows),

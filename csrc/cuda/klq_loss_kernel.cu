@@ -63,11 +63,13 @@ __global__ void __launch_bounds__(kSumThreads)
     klq_loss_sum_kernel(const KLQLossArgs a, const bool* mask, const int32_t* active,
                         int64_t count) {
   double sums[4] = {};  // loss, squares, log-probs, values
+#pragma unroll 8        // loads that do not wait for one another
   for (int64_t r = threadIdx.x; r < count; r += kSumThreads) {
-    if (mask && !mask[r]) continue;
+    const bool use = !mask || mask[r];
     const double residual = a.residuals[r], square = residual * residual;
-    sums[0] += (a.weights ? double(a.weights[r]) : 1.0) * square;
-    sums[1] += square, sums[2] += a.logprobs[r], sums[3] += a.values[r];
+    const double weight = a.weights ? double(a.weights[r]) : 1.0;
+    sums[0] += use ? weight * square : 0.0, sums[1] += square;
+    sums[2] += a.logprobs[r], sums[3] += use ? double(a.values[r]) : 0.0;
   }
   __shared__ double partial[4][32];
 #pragma unroll
@@ -145,7 +147,7 @@ cudaError_t klq_loss_rows(const Rows& rows, const Rows* gradient, const bool* ma
 cudaError_t scale_rows(const Rows& rows, const float* unscale, const float* upstream,
                        cudaStream_t stream) {
   if (rows.count == 0) return cudaSuccess;
-  const unsigned grid = unsigned(std::min<int64_t>(rows.count, 4096));
+  const unsigned grid = unsigned(std::min<int64_t>(rows.count, 1024));
   switch (rows.type) {
     case Type::f32:
       scale_rows_kernel<float><<<grid, 256, 0, stream>>>(rows, unscale, upstream);

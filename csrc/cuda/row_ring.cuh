@@ -48,17 +48,10 @@ struct Ring {
   bool keep;    // the row is written back where it was read
 };
 
-// What the writers need of a closed row: its gradient is factor 2^exponent(y) dy/dz, and at the
-// chosen token chosen dy/dz.
+// What the writers need of a closed row: its gradient is factor 2^exponent(y) dy/dz, and `chosen`
+// at the chosen token.
 struct RowGradient {
   float max, point, factor, chosen;
-
-  RowGradient() = default;
-  __device__ RowGradient(float coefficient, const RowSum& row)
-      : max(row.max),
-        point(row.point),
-        factor(-coefficient / row.raw_sum),
-        chosen(coefficient * (row.rest / row.total)) {}
 };
 
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
@@ -331,7 +324,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if (CLUSTERED && lane == 0) barrier_expect(bar, 8 * pairs);  // for the slot's next row
       auto finish = [&](int who) {
         const RowSum row(mine.max, mine.sum, my_info.chosen, scale);
-        return RowGradient(op.finish(my_info, mine, row, scale, who), row);
+        const float c = op.finish(my_info, mine, row, scale, who);
+        return RowGradient{row.max, row.point, -c / row.raw_sum,
+                           row.template chosen_gradient<CAPPED>(c, my_info.chosen_z, scale)};
       };
       if constexpr (kGrad) {
         const RowGradient found = finish(who);
@@ -363,8 +358,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       const RowGradient found = gradients_of[slot];
       if (++slot == kSlots) slot = 0, parity ^= 1;
       const int action = info.action, shift = shift_of(info.row), lead = lead_of(info.row);
-      const float at_target =
-          info.chosen_z == -infinity() ? 0.0f : found.chosen * slope<CAPPED>(info.chosen_z, scale);
       const float scaled_factor = found.factor * scale.inverse;
       auto gradient = [&](float z) {
         return scaled_factor * exp2_fast(fmaf(z, scale.factor, -found.point));
@@ -426,12 +419,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         else
           write(careful);
         if (++stage == kStages) stage = 0, phase ^= 1;
-        if (edge >= 0) V::put(out + edge, first + edge == action ? at_target : careful(edge_z));
+        if (edge >= 0) V::put(out + edge, first + edge == action ? found.chosen : careful(edge_z));
         // the chosen token's own element, by the thread that wrote its vector
         const int in_body = action - first - cut.head;
         if (action >= first && in_body >= 0 && in_body < cut.body * kWidth &&
             in_body / kWidth % Shape::kWrite == me)
-          V::put(out_row + action, at_target);
+          V::put(out_row + action, found.chosen);
       }
     }
   }

@@ -225,9 +225,7 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::bl
     if constexpr (kGrad) {
       const float factor = -coefficient / total.raw_sum;
       const float at_target =
-          info.chosen_z == -infinity()
-              ? 0.0f
-              : coefficient * (total.rest / total.total) * slope<CAPPED>(info.chosen_z, scale);
+          total.template chosen_gradient<CAPPED>(coefficient, info.chosen_z, scale);
       auto gradient = [&](float z, int column) {
         if (column == action) return at_target;
         const float e = exp2_fast(scale.exponent(capped<CAPPED>(z, scale), total.max, total.point));

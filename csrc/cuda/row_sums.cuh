@@ -124,10 +124,10 @@ struct RowSum {
   float max, chosen;    // y
   float rest;           // sum over the others of e^((y - max) / T)
   float point, excess;  // and what its rounding left out, max factor - point
-  float total;          // sum of all e^((y - max) / T)
-  float raw_sum;        // the same at `point`
-  double log_sum;       // log(total)
+  float raw_sum;        // sum of all terms at `point`
+  double log_sum;       // log of the sum of all e^((y - max) / T)
   double logprob;
+  double other;  // 1 - p of the chosen token
 
   // chosen is y of the action, -inf where it is none of the row's columns
   __device__ RowSum(float max_, float raw_rest, float chosen_, const Scale& s)
@@ -137,12 +137,24 @@ struct RowSum {
     const double x = chosen == max ? 0.0 : (double(chosen) - double(max)) / s.temperature;
     const double others = double(raw_rest) * (1.0 - 0.693147180559945309 * double(excess));
     const double all = others + double(expf(float(x)));
-    rest = float(others), total = float(all);
-    raw_sum = total * exp2f(excess);
+    rest = float(others), other = others / all;
+    raw_sum = float(all) * exp2f(excess);
     log_sum = chosen == max && others < 0.5 ? double(log1pf(rest)) : log(all);
     logprob = x - log_sum;
     if (logprob > 0) logprob = 0;
     if (!(fabsf(max) < infinity())) logprob = double(not_a_number());
+  }
+  // The gradient at the chosen token, whose logit is z: rounded once, for it is most often the
+  // row's largest.
+  template <bool CAPPED>
+  __device__ float chosen_gradient(float coefficient, float z, const Scale& s) const {
+    if (z == -infinity()) return 0.0f;
+    double slope = 1.0 / s.temperature;
+    if (CAPPED) {
+      const double h = tanh(double(z) / double(s.softcap));
+      slope *= 1.0 - h * h;
+    }
+    return float(double(coefficient) * other * slope);
   }
 };
 
