@@ -43,7 +43,6 @@ struct RingShape {
 struct Ring {
   int cluster;  // blocks that share a row
   int slice;    // units of a row a block holds, at most
-  int chunk;    // units of a slice in one stage, at most
   int chunks;   // stages a slice takes
   bool keep;    // the row is written back where it was read
 };
