@@ -36,7 +36,7 @@ bench: $(READY)
 
 gpu: export KLQ_CUDA = 1
 gpu: export TORCH_CUDA_ARCH_LIST ?= 9.0a
-gpu: $(READY)
+gpu: $(READY) in-place
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal tests/kernels \
 	  --ignore=tests/kernels/test_triton_interpreter.py -k "cuda or triton or gpu"
 	$(PY) -m benchmarks.gpu --out $(OUT)
@@ -45,7 +45,8 @@ gpu: $(READY)
 sanitize: export KLQ_CUDA = 1
 sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-sanitize: $(READY)
+sanitize: export KLQ_RACECHECK = 1
+sanitize: $(READY) in-place
 	set -e; for tool in $(TOOLS); do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) -m pytest -q -m small -p no:xdist tests/kernels/test_gpu_small.py; done
@@ -65,7 +66,7 @@ format: $(READY)
 	.venv/bin/python -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
-in-place:
+in-place: $(if $(PYTHON),,$(READY))
 	$(PY) setup.py -q build_ext --inplace
 
 clean:

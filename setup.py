@@ -5,6 +5,7 @@ KLQ_CUDA=auto|0|1       CUDA kernels: if torch and the toolkit have CUDA (auto),
 TORCH_CUDA_ARCH_LIST    GPU architectures, default 8.0;9.0;10.0+PTX
 MAX_JOBS                parallel compilations
 KLQ_SANITIZE=address,undefined      instrumented CPU build
+KLQ_RACECHECK=1         CUDA kernels for compute-sanitizer's racecheck (csrc/cuda/hopper.cuh)
 """
 
 import os
@@ -44,7 +45,9 @@ arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX") if
 cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", TARGET]
 cxx += [f"-ffile-prefix-map={ROOT}=klq", f'-DKLQ_CUDA_ARCHS="{arch_list}"']
 cxx += [f'-DKLQ_TORCH_VERSION="{torch.__version__}"', f'-DKLQ_CUDA_VERSION="{torch.version.cuda}"']
-link = ["-s"]
+# where the compiler links libstdc++ statically, its copy must not mix with the one torch loads: an
+# error message was then a crash (GCC under CUDA 13.0, 2026-11-23)
+link = ["-s", "-Wl,--exclude-libs,ALL"]
 if sanitize := os.environ.get("KLQ_SANITIZE"):
     cxx += [f"-fsanitize={sanitize}", "-g1", "-fno-omit-frame-pointer"]
     link = [f"-fsanitize={sanitize}"]
@@ -57,7 +60,8 @@ extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     depends=files("**/*.h", "**/*.cuh", "**/*.cpp", "**/*.cu"),
     extra_compile_args={
         "cxx": cxx + (["-DUSE_CUDA"] if cuda else []),
-        "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=2"],
+        "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=2"]
+        + (["-DKLQ_RACECHECK"] if os.environ.get("KLQ_RACECHECK") else []),
     },
     extra_link_args=link,
 )

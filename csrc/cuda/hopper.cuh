@@ -35,6 +35,18 @@ __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// How many arrivals a warp makes of what all its lanes have done: one, after __syncwarp. That is no
+// instruction where the warp has not diverged, so racecheck cannot see it; built for racecheck,
+// every lane arrives for itself.
+#ifdef KLQ_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void warp_arrive(uint32_t bar, int lane) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || lane == 0) barrier_arrive(bar);
+}
 template <bool CLUSTER = false>
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   if constexpr (CLUSTER) {  // what other blocks wrote is visible after it; dearer than the other
@@ -73,6 +85,14 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
         "l"(from), "r"(bytes), "r"(bar)
         : "memory");
   }
+}
+// Also in order with a bulk copy that is asked for later.
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 x) {
+  asm volatile(
+      "st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      "fence.proxy.async.shared::cta;" ::"r"(to),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+      : "memory");
 }
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   uint4 x;

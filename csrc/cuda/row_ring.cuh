@@ -18,6 +18,8 @@
 // 1 ahead of another block's. Without one, summers wait until the row kSlots / 2 before theirs is
 // `closed`, and the producer is at most kRowsHeld ahead of them.
 #pragma once
+#include <type_traits>
+
 #include "cuda/hopper.cuh"
 #include "cuda/row_sums.cuh"
 
@@ -46,6 +48,19 @@ struct Ring {
   int chunks;   // stages a slice takes
   bool keep;    // the row is written back where it was read
 };
+
+// The elements before `end` that do not fill 16 bytes, from where these begin.
+template <class T>
+__device__ __forceinline__ uint4 row_end(const T* end) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  const int count = int((reinterpret_cast<uintptr_t>(end) & 15) / sizeof(T));
+  const Bits* from = reinterpret_cast<const Bits*>(end) - count;
+  uint32_t w[4] = {};
+#pragma unroll
+  for (int e = 0; e < int(16 / sizeof(T)); ++e)
+    if (e < count) w[e * sizeof(T) / 4] |= uint32_t(from[e]) << e * sizeof(T) % 4 * 8;
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
 
 // What the writers need of a closed row: its gradient is factor 2^exponent(y) dy/dz, and `chosen`
 // at the chosen token.
@@ -84,12 +99,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&empty[i]), kGrad ? kWriters : kSummers);
+      barrier_init(shared_address(&empty[i]), kWarpArrivals * (kGrad ? kWriters : kSummers));
     }
     for (int i = 0; i < kSlots; ++i) {
       // in a cluster the sums come as bytes that the barrier counts, from every block
       barrier_init(shared_address(&ready[i]), CLUSTERED ? 1 : kSummers);
-      barrier_init(shared_address(&closed[i]), 1);
+      barrier_init(shared_address(&closed[i]), kWarpArrivals);
       if (CLUSTERED) barrier_expect(shared_address(&ready[i]), 8 * pairs);
     }
     barrier_fence_init();
@@ -149,15 +164,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             for (int k = 0; k < kRows; ++k) {
               const char* row = k ? info.ref : info.row;
               const int shift = shift_of(row);
-              // whole 16 bytes: up to 15 more on either side, never past what was allocated
-              const int aligned = bytes ? (shift + bytes + 15) / 16 * 16 : 0;
+              const int reach = bytes ? shift + bytes : 0;
+              // whole 16 bytes, up to 15 more on either side, but never past the end of the row
+              const bool cut = first_column(c) + columns(c) == width && reach % 16;
+              const int aligned = (reach + (cut ? 0 : 15)) / 16 * 16;
               const uint32_t bar = shared_address(&full[stage]);
+              const uint32_t to = shared_address(stages + stage * kPitch + lead_of(row));
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
+              if (cut) store_shared(to + aligned, row_end(reinterpret_cast<const T*>(row) + width));
               barrier_expect(bar, aligned);
               if (aligned)
-                bulk_load(shared_address(stages + stage * kPitch + lead_of(row)),
-                          row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)), aligned, bar,
-                          kGrad && ring.keep);
+                bulk_load(to, row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)), aligned,
+                          bar, kGrad && ring.keep);
               if (++stage == kStages) stage = 0, ++phase;
             }
           }
@@ -227,10 +245,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
           for (int j = 1; j < U * kWords; ++j)
             top[k] = V::max(top[k], w[k][j / kWords][j % kWords]);
-          if (!kGrad) {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
-          }
+          if (!kGrad) warp_arrive(shared_address(&empty[stage]), lane);
           if (++stage == kStages) stage = 0, phase ^= 1;
         }
         if (left <= 0) continue;  // the row ended before this warp's units
@@ -331,8 +346,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         const RowGradient found = finish(who);
         if (lane == 0) gradients_of[slot] = found;
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared_address(&closed[slot]));
+      warp_arrive(shared_address(&closed[slot]), lane);
       if (!kGrad && (++gathered == kBatch || i + step >= active)) {
         finish(lane < gathered ? 0 : 1);
         gathered = 0;
@@ -394,8 +408,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             if (me + u * Shape::kWrite < cut.body)
               x[u] = load_shifted(from + (at / 16 + u * Shape::kWrite) * 16, at & 15);
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+        warp_arrive(shared_address(&empty[stage]), lane);
         auto write = [&](auto value) {
 #pragma unroll
           for (int u = 0; u < kLoads; ++u) {

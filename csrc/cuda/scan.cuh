@@ -156,18 +156,19 @@ __device__ inline Raw load_floats(const void* data, int64_t t) {
   const uint4 v = __ldcg(reinterpret_cast<const uint4*>(static_cast<const float*>(data) + t));
   return {{v.x, v.y, v.z, v.w}};
 }
-// The first `count` of them. kPlain: known to be all four, float32 and aligned.
+// Those from `low` to before `high`. kPlain: known to be all four, float32 and aligned.
 template <bool kPlain>
-__device__ Raw load_raw(const Reals& x, int64_t t, int count) {
+__device__ Raw load_raw(const Reals& x, int64_t t, int low, int high) {
   if constexpr (kPlain) {
     return load_floats(x.data, t);
   } else {
     Raw raw{};
-    const bool whole = x.vector && count == kLaneTokens;
+    const bool whole = x.vector && high - low == kLaneTokens;
     if (x.type == Type::f32) {
       if (whole) return load_floats(x.data, t);
       for (int k = 0; k < kLaneTokens; ++k)
-        if (k < count) raw.word[k] = __ldcg(static_cast<const unsigned int*>(x.data) + t + k);
+        if (k >= low && k < high)
+          raw.word[k] = __ldcg(static_cast<const unsigned int*>(x.data) + t + k);
     } else {
       const unsigned short* from = static_cast<const unsigned short*>(x.data) + t;
       if (whole) {
@@ -175,7 +176,7 @@ __device__ Raw load_raw(const Reals& x, int64_t t, int count) {
         return {{v.x, v.y}};
       }
       for (int k = 0; k < kLaneTokens; ++k)
-        if (k < count) raw.word[k / 2] |= uint32_t(__ldcg(from + k)) << (k % 2 * 16);
+        if (k >= low && k < high) raw.word[k / 2] |= uint32_t(__ldcg(from + k)) << (k % 2 * 16);
     }
     return raw;
   }
@@ -190,26 +191,35 @@ struct RawTokens {
   Raw log_ratio, value, reward, trace;
   uint32_t mask;  // a byte a token
 };
-// What lies outside [begin, end) may be read with its neighbours but is inactive.
+// What lies outside [begin, end) is inactive and not read: another block may be writing it.
 template <bool kPlain>
 __device__ RawTokens load_tokens(const ScanArgs& s, int64_t t, int64_t begin, int64_t end) {
   RawTokens x{};
   if (t + kLaneTokens <= begin || t >= end) return x;
-  const int count = int(min(s.seqs.tokens - t, int64_t(kLaneTokens)));
-  if constexpr (kPlain) {
-    if (count < kLaneTokens) return load_tokens<false>(s, t, begin, end);
+  const int low = int(max(begin - t, int64_t(0))), high = int(min(end - t, int64_t(kLaneTokens)));
+  const bool whole = high - low == kLaneTokens;
+  if (kPlain && !whole) {
+    for (int k = 0; k < kLaneTokens; ++k) {
+      const int64_t i = min(max(t + k, begin), end - 1);
+      x.value.word[k] = __ldcg(static_cast<const unsigned int*>(s.values.data) + i);
+      x.reward.word[k] = __ldcg(static_cast<const unsigned int*>(s.rewards.data) + i);
+      if (s.log_ratios.data)
+        x.log_ratio.word[k] = __ldcg(static_cast<const unsigned int*>(s.log_ratios.data) + i);
+      x.mask |= uint32_t(s.mask ? __ldcg(s.mask + i) : 1) << (8 * k);
+    }
+    return x;
   }
-  x.value = load_raw<kPlain>(s.values, t, count);
-  x.reward = load_raw<kPlain>(s.rewards, t, count);
-  if (s.log_ratios.data) x.log_ratio = load_raw<kPlain>(s.log_ratios, t, count);
-  if (!kPlain && s.trace.data) x.trace = load_raw<kPlain>(s.trace, t, count);
+  x.value = load_raw<kPlain>(s.values, t, low, high);
+  x.reward = load_raw<kPlain>(s.rewards, t, low, high);
+  if (s.log_ratios.data) x.log_ratio = load_raw<kPlain>(s.log_ratios, t, low, high);
+  if (!kPlain && s.trace.data) x.trace = load_raw<kPlain>(s.trace, t, low, high);
   x.mask = 0x01010101;
-  if (s.mask && (kPlain || (s.mask_vector && count == kLaneTokens))) {
+  if (s.mask && (kPlain || (s.mask_vector && whole))) {
     x.mask = __ldcg(reinterpret_cast<const unsigned int*>(s.mask + t));
   } else if (s.mask) {
     x.mask = 0;
     for (int k = 0; k < kLaneTokens; ++k)
-      if (k < count) x.mask |= uint32_t(__ldcg(s.mask + t + k)) << (8 * k);
+      if (k >= low && k < high) x.mask |= uint32_t(__ldcg(s.mask + t + k)) << (8 * k);
   }
   return x;
 }
