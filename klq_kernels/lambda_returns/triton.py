@@ -43,6 +43,12 @@ def compose(d, f, d_left, f_left):
 
 
 @triton.jit
+def compose_plain(d, f, d_left, f_left):
+    """The same where no factor is zero by intent."""
+    return tl.fma(f_left, d, d_left), f_left * f
+
+
+@triton.jit
 def number(high, low):
     """A float64 scalar from two float32 arguments: Triton passes Python floats as float32."""
     return wide(high) + wide(low)
@@ -68,40 +74,75 @@ def four(x):
 
 
 @triton.jit
-def step(w, use, u, v, c, last, seed, gamma):
+def step(w, u, v, c, use, last, seed, gamma, CUT: tl.constexpr):
     """(A, W) of a token from the W right of it; right of a `last` one that is its seed."""
     w = tl.where(last, seed, w)
-    a = tl.where(use, tl.where(gamma == 0, u, tl.fma(gamma, w, u)), 0.0)
-    return a, tl.where(use, tl.where(c == 0, v, tl.fma(c, a, v)), w)
+    a = tl.fma(gamma, w, u)
+    if CUT:
+        a = tl.where(gamma == 0, u, a)
+    a = tl.where(use, a, 0.0)
+    w_left = tl.fma(c, a, v)
+    if CUT:
+        w_left = tl.where(c == 0, v, w_left)
+    return a, tl.where(use, w_left, w)
 
 
 @triton.jit
-def lane_steps(w, u, v, c, use, last, seed, gamma):
+def lane_steps(w, tokens, gamma, CUT: tl.constexpr):
     """(A of the tokens, W that leaves the lanes) from the W that enters them."""
-    u, v, c, use, last, seed = four(u), four(v), four(c), four(use), four(last), four(seed)
-    a3, w = step(w, use[3], u[3], v[3], c[3], last[3], seed[3], gamma)
-    a2, w = step(w, use[2], u[2], v[2], c[2], last[2], seed[2], gamma)
-    a1, w = step(w, use[1], u[1], v[1], c[1], last[1], seed[1], gamma)
-    a0, w = step(w, use[0], u[0], v[0], c[0], last[0], seed[0], gamma)
+    u, v, lam, use, last, seed = tokens
+    gamma = gamma.to(tl.float32)
+    u, v, c, use = four(u), four(v), four(lam.to(tl.float32)), four(use)
+    last, seed = four(last), four(seed)
+    a3, w = step(w, u[3], v[3], c[3], use[3], last[3], seed[3], gamma, CUT)
+    a2, w = step(w, u[2], v[2], c[2], use[2], last[2], seed[2], gamma, CUT)
+    a1, w = step(w, u[1], v[1], c[1], use[1], last[1], seed[1], gamma, CUT)
+    a0, w = step(w, u[0], v[0], c[0], use[0], last[0], seed[0], gamma, CUT)
     a = tl.join(tl.join(a0, a2), tl.join(a1, a3))
     return tl.reshape(a, [w.shape[0], w.shape[1], 4]), w
 
 
 @triton.jit
-def lane_factors(f):
-    """Products over the tokens of lanes; a zero is one whatever else there is."""
-    f0, f1, f2, f3 = four(f)
-    f = tl.where(f2 == 0, 0.0, f3 * f2)
-    f = tl.where(f1 == 0, 0.0, f * f1)
-    return tl.where(f0 == 0, 0.0, f * f0)
+def times(f, f_left, CUT: tl.constexpr):
+    return tl.where(f_left == 0, 0.0, f * f_left) if CUT else f * f_left
+
+
+@triton.jit
+def lane_maps(tokens, gamma, CUT: tl.constexpr):
+    """Lanes as maps (d, f), [R, P]."""
+    _u, _v, lam, use, last, _seed = tokens
+    f = lam * gamma
+    if CUT:
+        f = tl.where(lam.to(tl.float32) == 0, 0.0, f)
+    f0, f1, f2, f3 = four(tl.where(last, 0.0, tl.where(use, f, 1.0)))
+    f = times(times(times(f3, f2, CUT), f1, CUT), f0, CUT)
+    _a, w = lane_steps(tl.zeros(f.shape, tl.float32), tokens, gamma, CUT)
+    return w.to(tl.float64), f
+
+
+@triton.jit
+def enter(d, f, carry, BACK: tl.constexpr, CUT: tl.constexpr):
+    """The W that leaves each lane, from lane maps and the `carry` that enters the first one."""
+    p = tl.arange(0, d.shape[1])[None, :]
+    at_0 = p == (0 if BACK else d.shape[1] - 1)
+    d_0, _f = compose(carry, f, d, f)
+    d, f = tl.where(at_0, d_0, d), tl.where(at_0, 0.0, f)
+    if CUT:
+        d, f = tl.associative_scan((d, f), 1, compose, reverse=not BACK)
+    else:
+        d, f = tl.associative_scan((d, f), 1, compose_plain, reverse=not BACK)
+    return d
+
+
+# --- device: tiles ------------------------------------------------------------------------------
 
 
 @triton.jit
 def places(first, begin, end, P: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr):
     """(the tokens [R, P, 4] of a tile that begins at `first`, which of them are in [begin, end)).
 
-    WHOLE: no lane is in by a part only; said so that loads and stores become vectors. BACK: the
-    first lane is the rightmost.
+    WHOLE: no lane is in by a part only; said so that loads and stores become vectors. BACK: lanes
+    are counted from the right.
     """
     p = tl.arange(0, P)[None, :, None]
     lane = first + 4 * (P - 1 - p if BACK else p)
@@ -111,8 +152,9 @@ def places(first, begin, end, P: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.con
 
 
 @triton.jit
-def load_tokens(log_ratios, values, rewards, trace, mask, at, inside, tau, lam):
+def load_tokens(inputs, at, inside, tau, lam):
     """(Q, r - Q, V, trace decay in float64, whether active) of tokens."""
+    log_ratios, values, rewards, trace, mask = inputs
     v = load(values, at, inside, 0.0)
     r = load(rewards, at, inside, 0.0)
     q = v
@@ -127,58 +169,50 @@ def load_tokens(log_ratios, values, rewards, trace, mask, at, inside, tau, lam):
 
 
 @triton.jit
-def lane_maps(u, v, lam, use, last, seed, gamma):
-    """Lanes as maps (d, f), [R, P]."""
-    c = lam.to(tl.float32)
-    f = tl.where(use, tl.where(c == 0, 0.0, lam * gamma), 1.0)
-    f = lane_factors(tl.where(last, 0.0, f))
-    w = tl.zeros(f.shape, tl.float32)
-    _a, w = lane_steps(w, u, v, c, use, last, seed, gamma.to(tl.float32))
-    return w.to(tl.float64), f
-
-
-@triton.jit
-def enter(d, f, carry, BACK: tl.constexpr):
-    """Lane maps -> the W that leaves each lane when lane 0's `carry` enters the tile."""
-    p = tl.arange(0, d.shape[1])[None, :]
-    at_0 = p == (0 if BACK else d.shape[1] - 1)
-    d_0, _f = compose(carry, f, d, f)
-    d, f = tl.where(at_0, d_0, d), tl.where(at_0, 0.0, f)
-    return tl.associative_scan((d, f), 1, compose, reverse=not BACK)[0]
-
-
-@triton.jit
-def write_tokens(q_out, a_out, g_out, at, inside, q, u, v, lam, use, last, seed, w, gamma, alpha):
-    """The outputs of a tile from the W that enters each lane."""
-    c = lam.to(tl.float32)
-    a, _w = lane_steps(w.to(tl.float32), u, v, c, use, last, seed, gamma.to(tl.float32))
+def write_tokens(out, at, inside, q, tokens, w, gamma, alpha, CUT: tl.constexpr):
+    """The outputs of tokens from the W that enters each lane."""
+    q_out, a_out, g_out = out
+    use = tokens[3]
+    a, _w = lane_steps(w.to(tl.float32), tokens, gamma, CUT)
+    g = tl.fma(wide(alpha).to(tl.float32), a, q)
     if q_out is not None:
         tl.store(q_out + at, tl.where(use, q, 0.0), mask=inside)
     tl.store(a_out + at, a, mask=inside)
-    g = tl.fma(wide(alpha).to(tl.float32), a, q)
     tl.store(g_out + at, tl.where(use, g, 0.0), mask=inside)
 
 
 @triton.jit
 def row_tile(
-    log_ratios, values, rewards, trace, mask, q_out, a_out, g_out, first, begin, end, carry,
-    tau, gamma, lam, alpha, WHOLE: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
-    """Writes a tile, given the W that enters the lane to its right, in lane 0; returns those that
-    enter its lanes, of which the last lane's serves the next tile."""
+    inputs,
+    out,
+    first,
+    begin,
+    end,
+    carry,
+    tau,
+    gamma,
+    lam,
+    alpha,
+    WHOLE: tl.constexpr,
+    BACK: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    """Writes a tile; returns the W that enter its lanes.
+
+    Each lane describes the one to its right: a scan of these maps is the W that enters, where a
+    scan of its own would have to be handed on to the next thread. The tokens come from the cache.
+    So the first lane's `carry` enters the last lane of the tile before, as that tile returned it.
+    """
     R: tl.constexpr = carry.shape[0]
     P: tl.constexpr = carry.shape[1]
-    no = tl.zeros([R, P, 4], tl.int1)
-    zero = tl.zeros([R, P, 4], tl.float32)
+    no, zero = tl.zeros([R, P, 4], tl.int1), tl.zeros([R, P, 4], tl.float32)
     at, inside = places(first, begin, end, P, WHOLE, BACK)
-    q, u, v, c, use = load_tokens(log_ratios, values, rewards, trace, mask, at, inside, tau, lam)
+    q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
     right, there = places(first + 4, begin, end, P, WHOLE, BACK)
-    _q, u_1, v_1, c_1, use_1 = load_tokens(
-        log_ratios, values, rewards, trace, mask, right, there, tau, lam
-    )
-    d, f = lane_maps(u_1, v_1, c_1, use_1, no, zero, gamma)
-    w = enter(d, f, carry, BACK)
-    write_tokens(q_out, a_out, g_out, at, inside, q, u, v, c, use, no, zero, w, gamma, alpha)
+    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, there, tau, lam)
+    d, f = lane_maps((u_1, v_1, c_1, use_1, no, zero), gamma, CUT)
+    w = enter(d, f, carry, BACK, CUT)
+    write_tokens(out, at, inside, q, (u, v, c, use, no, zero), w, gamma, alpha, CUT)
     return w
 
 
@@ -205,16 +239,18 @@ def rows_kernel(
     R: tl.constexpr,
     P: tl.constexpr,
     WHOLE: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """R rows a program, each tile after tile from its right end.
+    """R rows a program, tile after tile from their right end.
 
-    Tiles take turns in which way their lanes run: what leaves the last lane then is where the next
-    tile wants it.
+    Lanes run from right to left in one tile and from left to right in the next: what leaves the
+    last lane of a tile is then in the thread that holds the first of the next.
     """
+    inputs, out = (log_ratios, values, rewards, trace, mask), (q_out, a_out, g_out)
     gamma = number(gamma_high, gamma_low)
+    lam = number(lam_high, lam_low)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     there = row < rows
-    lam = number(lam_high, lam_low)
     if lam_rows is not None:
         lam = load(lam_rows, row, there, 0.0).to(tl.float64)[:, :, None]
     carry = tl.broadcast_to(load(bootstrap, row, there, 0.0).to(tl.float64), [R, P])
@@ -225,15 +261,14 @@ def rows_kernel(
     tiles = tl.cdiv(length if WHOLE else length + 3, 4 * P)
     for i in range(0, tiles, 2):
         carry = row_tile(
-            log_ratios, values, rewards, trace, mask, q_out, a_out, g_out, first, begin, end, carry,
-            tau, gamma, lam, alpha, WHOLE, True,
-        )  # fmt: skip
+            *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, True, CUT
+        )
         if i + 1 < tiles:
+            first -= 4 * P
             carry = row_tile(
-                log_ratios, values, rewards, trace, mask, q_out, a_out, g_out, first - 4 * P, begin,
-                end, carry, tau, gamma, lam, alpha, WHOLE, False,
-            )  # fmt: skip
-        first -= 8 * P
+                *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, False, CUT
+            )
+        first -= 4 * P
 
 
 # --- device: flat tiles -------------------------------------------------------------------------
@@ -242,11 +277,7 @@ def rows_kernel(
 @triton.jit
 def bound(ends, s, length):
     """Where sequence s begins, and the one before it ends."""
-    if ends is None:
-        t = s * length
-    else:
-        t = tl.load(ends + s).to(tl.int64)
-    return t
+    return s * length if ends is None else tl.load(ends + s).to(tl.int64)
 
 
 @triton.jit
@@ -328,20 +359,22 @@ def tile_map_kernel(
     tile = tl.program_id(0).to(tl.int64)
     first = tile * (4 * P)
     s, _s = sequences_of(ends, first, first, sequences, length)
-    if (bound(ends, s, length) < first) & (first < bound(ends, s + 1, length)):
+    end = bound(ends, s + 1, length)
+    if (bound(ends, s, length) < first) & (first < end):
+        inputs, yes = (log_ratios, values, rewards, trace, mask), tl.full([], 1, tl.int1)
         gamma = number(gamma_high, gamma_low)
         lam = number(lam_high, lam_low)
+        if lam_rows is not None:
+            lam = load(lam_rows, s, yes, 0.0).to(tl.float64)
         at, inside = places(first, first, tokens, P, WHOLE, True)
-        there, last, seed, lam = look_up(ends, at, inside, s, s, lam_rows, bootstrap, length, lam)
-        _q, u, v, c, use = load_tokens(
-            log_ratios, values, rewards, trace, mask, at, inside, tau, lam
-        )
-        d, f = lane_maps(u, v, c, use & there, last, seed, gamma)
+        _q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
+        seed = tl.zeros(at.shape, tl.float32) + load(bootstrap, s, yes, 0.0)
+        d, f = lane_maps((u, v, c, use, at + 1 == end, seed), gamma, True)
         d, f = tl.associative_scan((d, f), 1, compose)
-        lane = tl.arange(0, P)[None, :]
-        to = maps + tile + tl.zeros([1, P], tl.int64)
-        tl.store(to, d, mask=lane == P - 1)
-        tl.store(to + tl.num_programs(0), f, mask=lane == P - 1)
+        beyond = tl.arange(0, P)[None, :] - (P - 1)
+        to = maps + tile + beyond
+        tl.store(to, d, mask=beyond == 0)
+        tl.store(to + tl.num_programs(0), f, mask=beyond == 0)
 
 
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])
@@ -372,6 +405,7 @@ def tile_scan_kernel(
     MAPS: tl.constexpr,  # maps composed at a time
 ):
     """Each tile from the maps to its right, composed in their order."""
+    inputs, out = (log_ratios, values, rewards, trace, mask), (q_out, a_out, g_out)
     gamma = number(gamma_high, gamma_low)
     lam = number(lam_high, lam_low)
     tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -395,19 +429,17 @@ def tile_scan_kernel(
             carry = tl.sum(tl.where(i == MAPS - 1, d, 0.0), 0)
             beyond -= MAPS
     at, inside = places(first, first, stop, P, WHOLE, True)
-    there, last, seed, lam_t = look_up(ends, at, inside, s, s_2, lam_rows, bootstrap, length, lam)
-    q, u, v, c, use = load_tokens(log_ratios, values, rewards, trace, mask, at, inside, tau, lam_t)
-    use = use & there
+    there, last, seed, lam_0 = look_up(ends, at, inside, s, s_2, lam_rows, bootstrap, length, lam)
+    q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam_0)
+    there = use & there
     right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
     there_1, last_1, seed_1, lam_1 = look_up(
         ends, right, inside_1, s, s_2, lam_rows, bootstrap, length, lam
     )
-    _q, u_1, v_1, c_1, use_1 = load_tokens(
-        log_ratios, values, rewards, trace, mask, right, inside_1, tau, lam_1
-    )
-    d, f = lane_maps(u_1, v_1, c_1, use_1 & there_1, last_1, seed_1, gamma)
-    w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True)
-    write_tokens(q_out, a_out, g_out, at, inside, q, u, v, c, use, last, seed, w, gamma, alpha)
+    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam_1)
+    d, f = lane_maps((u_1, v_1, c_1, use_1 & there_1, last_1, seed_1), gamma, True)
+    w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True, True)
+    write_tokens(out, at, inside, q, (u, v, c, there, last, seed), w, gamma, alpha, True)
 
 
 # --- host ---------------------------------------------------------------------------------------
@@ -464,12 +496,13 @@ def scan(
         )
     else:
         whole = length % 4 == 0
+        cut = trace is not None or lam_rows is not None or not (scalars[1] and scalars[3])
         lanes = min(_LANES, host.power_of_2(host.tiles_of(length + 3 * (not whole), 4)))
         group = min(host.power_of_2(rows), max(1, 128 // lanes) if lanes <= 32 else 1)
         host.launch(
             *(rows_kernel, host.tiles_of(rows, group), values),
             *(*inputs, bootstrap, *out, rows, length, *scalars, alpha),
-            *(group, lanes, whole),
+            *(group, lanes, whole, cut),
             num_warps=max(1, group * lanes // 32),
         )
     return tuple(out)
