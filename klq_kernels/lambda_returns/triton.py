@@ -208,6 +208,7 @@ def row_tile(
     no, zero = tl.zeros([R, P, 4], tl.int1), tl.zeros([R, P, 4], tl.float32)
     at, inside = places(first, begin, end, P, WHOLE, BACK)
     q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
+    tl.debug_barrier()  # these loads are on their way now, not when they are used
     right, there = places(first + 4, begin, end, P, WHOLE, BACK)
     _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, there, tau, lam)
     d, f = lane_maps((u_1, v_1, c_1, use_1, no, zero), gamma, CUT)
@@ -307,29 +308,30 @@ def sequences_of(ends, t, t_2, sequences, length):
 
 
 @triton.jit
-def look_up(ends, at, inside, s, s_2, lam_rows, bootstrap, length, lam):
-    """(which tokens are in a sequence, which end it, the bootstraps of these, trace decays) of
-    tokens in sequences s .. s_2."""
+def look_up(rows, at, use, inside, s, s_2, lam):
+    """(active tokens, which ones end a sequence, the bootstraps of these, trace decays) of tokens
+    in sequences s .. s_2, or in none."""
+    ends, lam_rows, bootstrap, length = rows
     if ends is None:
         end = (s + 1) * length
-        i = tl.where(at < end, s, s_2)
+        i = tl.where(at < end, s, s_2)  # rows are longer than a tile
     else:
-        i = tl.zeros(at.shape, tl.int64) + s
-        stop = i + (s_2 + 1 - s)
-        size = s_2 + 1 - s
+        k = tl.zeros(at.shape, tl.int32)
+        size = (s_2 + 1 - s).to(tl.int32)
+        stop = k + size
         while size > 1:
-            middle = (i + stop) // 2
-            right = tl.load(ends + middle) <= at
-            i = tl.where(right, middle, i)
-            stop = tl.where(right, stop, middle)
+            middle = (k + stop) // 2
+            is_right = tl.load(ends + s + middle) <= at
+            k = tl.where(is_right, middle, k)
+            stop = tl.where(is_right, stop, middle)
             size = tl.cdiv(size, 2)
-        end = tl.load(ends + i + 1)
+        i = s + k
+        end = tl.load(ends + s + 1 + k)
         inside = inside & (at < end) & (at >= tl.load(ends))
     last = inside & (at + 1 == end)
-    seed = load(bootstrap, i, last, 0.0)
     if lam_rows is not None:
         lam = load(lam_rows, i, inside, 0.0).to(tl.float64)
-    return inside, last, seed, lam
+    return use & inside, last, load(bootstrap, i, last, 0.0), lam
 
 
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])
@@ -377,6 +379,22 @@ def tile_map_kernel(
         tl.store(to + tl.num_programs(0), f, mask=beyond == 0)
 
 
+@triton.jit
+def composed(maps, tiles, begin, end, MAPS: tl.constexpr):
+    """The W that leaves tiles begin .. end - 1, the last of which ends a sequence."""
+    w = tl.zeros([], tl.float64)
+    i = tl.arange(0, MAPS)
+    while end > begin:
+        d = tl.load(maps + end - 1 - i, mask=end - i > begin, other=0.0)
+        f = tl.load(maps + tiles + end - 1 - i, mask=end - i > begin, other=1.0)
+        d_0, _f = compose(w, f, d, f)
+        d, f = tl.where(i == 0, d_0, d), tl.where(i == 0, 0.0, f)
+        d, f = tl.associative_scan((d, f), 0, compose)
+        w = tl.sum(tl.where(i == MAPS - 1, d, 0.0), 0)
+        end -= MAPS
+    return w
+
+
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])
 def tile_scan_kernel(
     log_ratios,
@@ -411,35 +429,23 @@ def tile_scan_kernel(
     tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     first = tile * (4 * P)
     stop = tl.minimum(first + 4 * P, tokens)
+    at, inside = places(first, first, stop, P, WHOLE, True)
+    q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
+    right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
+    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam)
+    tl.debug_barrier()  # as in row_tile
     s, s_2 = sequences_of(ends, first, stop - 1, sequences, length)
     end = bound(ends, s_2 + 1, length)
     carry = tl.zeros([], tl.float64)
     if end > stop:
-        i = tl.arange(0, MAPS)
-        beyond = tl.minimum(
-            (end - 1) // (4 * P) + 1, tiles
-        )  # the first tile that has no part in it
-        while beyond > tile + 1:
-            use = beyond - i > tile + 1
-            d = tl.load(maps + beyond - 1 - i, mask=use, other=0.0)
-            f = tl.load(maps + tiles + beyond - 1 - i, mask=use, other=1.0)
-            d_0, _f = compose(carry, f, d, f)
-            d, f = tl.where(i == 0, d_0, d), tl.where(i == 0, 0.0, f)
-            d, f = tl.associative_scan((d, f), 0, compose)
-            carry = tl.sum(tl.where(i == MAPS - 1, d, 0.0), 0)
-            beyond -= MAPS
-    at, inside = places(first, first, stop, P, WHOLE, True)
-    there, last, seed, lam_0 = look_up(ends, at, inside, s, s_2, lam_rows, bootstrap, length, lam)
-    q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam_0)
-    there = use & there
-    right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
-    there_1, last_1, seed_1, lam_1 = look_up(
-        ends, right, inside_1, s, s_2, lam_rows, bootstrap, length, lam
-    )
-    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam_1)
-    d, f = lane_maps((u_1, v_1, c_1, use_1 & there_1, last_1, seed_1), gamma, True)
+        beyond = tl.minimum((end - 1) // (4 * P) + 1, tiles)
+        carry = composed(maps, tiles, tile + 1, beyond, MAPS)
+    rows = (ends, lam_rows, bootstrap, length)
+    use, last, seed, c = look_up(rows, at, use, inside, s, s_2, c)
+    use_1, last_1, seed_1, c_1 = look_up(rows, right, use_1, inside_1, s, s_2, c_1)
+    d, f = lane_maps((u_1, v_1, c_1, use_1, last_1, seed_1), gamma, True)
     w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True, True)
-    write_tokens(out, at, inside, q, (u, v, c, there, last, seed), w, gamma, alpha, True)
+    write_tokens(out, at, inside, q, (u, v, c, use, last, seed), w, gamma, alpha, True)
 
 
 # --- host ---------------------------------------------------------------------------------------
@@ -467,6 +473,7 @@ def scan(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(q, advantages, returns); q is None without log-ratios."""
     tokens, shape = values.numel(), values.shape
+    lam_rows = lam_rows if trace is None else None
     out = [None if log_ratios is None else host.like(values, shape)]
     out += host.like(values, shape), host.like(values, shape)
     packed = cu_seqlens is not None
@@ -483,7 +490,7 @@ def scan(
         inputs += host.compact(cu_seqlens), bootstrap
         maps = host.like(values, (2, tiles), torch.float64)
         scalars = (rows, length, tokens, *scalars)
-        how = {"num_warps": lanes // 32}
+        how = {"num_warps": max(1, lanes // 32)}
         if tiles > 1:
             host.launch(
                 tile_map_kernel, tiles, values, *inputs, maps, *scalars, lanes, whole, **how
