@@ -431,8 +431,6 @@ def tile_scan_kernel(
     stop = tl.minimum(first + 4 * P, tokens)
     at, inside = places(first, first, stop, P, WHOLE, True)
     q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
-    right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
-    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam)
     tl.debug_barrier()  # as in row_tile
     s, s_2 = sequences_of(ends, first, stop - 1, sequences, length)
     end = bound(ends, s_2 + 1, length)
@@ -442,6 +440,8 @@ def tile_scan_kernel(
         carry = composed(maps, tiles, tile + 1, beyond, MAPS)
     rows = (ends, lam_rows, bootstrap, length)
     use, last, seed, c = look_up(rows, at, use, inside, s, s_2, c)
+    right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
+    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam)
     use_1, last_1, seed_1, c_1 = look_up(rows, right, use_1, inside_1, s, s_2, c_1)
     d, f = lane_maps((u_1, v_1, c_1, use_1, last_1, seed_1), gamma, True)
     w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True, True)
