@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reverse scan of eq. (7) in Triton, in its W form: W_t = V_t + c_t A_t and
-A_t = (r_t - Q_t) + gamma W_next; the bootstrap is the first carry.
+A_t = (r_t - Q_t) + gamma W_next; the bootstrap is the first carry. Numerics as in
+csrc/cuda/scan.cuh.
 
-A token maps the carry affinely, W = d + f W_next with f = c gamma (the identity if inactive). Tiles
-are loaded backwards, so that a forward scan runs right to left; maps compose in float64, which
-keeps (gamma lam)^n exact enough at any length. A tile is [A, 32]: each line of 32 tokens is scanned
-inside a warp, and where the lines are one sequence their A maps are scanned after that. Regimes,
-chosen from shapes only: lines that are sequences; a program a sequence, tile after tile; few long
-sequences cut into tiles, of which a first launch makes each tile's map and a second applies the
-maps to its right.
+A lane holds four neighbouring tokens (one 16-byte load an input), runs them right to left in
+float32, and describes them to the others as an affine map W = d + f W_next in float64, which keeps
+(gamma lam)^n exact at any length. Maps are composed over the lanes of a tile, and with the W that
+then enters it a lane runs its tokens again. A factor of zero cuts: nothing from its right enters,
+not even a NaN.
+
+A tile is [R, P] lanes of R rows, counted from the right, so that a forward scan runs right to left.
+Regimes, chosen from shapes only: R rows a program, tile after tile; or, for few long rows and
+everything packed, flat tiles in two launches: the first writes each tile's map (only of its part
+that the tile to its left needs), the second composes the maps right of a tile and scans the tile.
+Nobody waits for a neighbour, and short sequences cost the first launch almost nothing.
 """
 
 import struct
@@ -21,15 +26,26 @@ from torch import Tensor
 from klq_kernels import _triton_host as host
 from klq_kernels._triton import wide
 
-_LINE = 32  # tokens scanned inside a warp
-_LINES = 32  # lines a program holds at a time
-_FEW = 512  # fewer sequences than this leave the device idle when each is one program
+_LANES = 256  # most lanes of a tile; a thread each
+_LONG, _FEW = 4096, 256  # fewer rows, if longer, leave the device idle when each is one program
+_MAPS = 256  # most maps composed at a time
+_ENDS = tl.constexpr(128)  # ends a search looks at together
+
+
+# --- device: lanes ------------------------------------------------------------------------------
 
 
 @triton.jit
 def compose(d, f, d_left, f_left):
     """The map of tokens to the right, then the map of those to their left."""
-    return d_left + f_left * d, f_left * f
+    cut = f_left == 0
+    return tl.where(cut, d_left, tl.fma(f_left, d, d_left)), tl.where(cut, f_left, f_left * f)
+
+
+@triton.jit
+def compose_plain(d, f, d_left, f_left):
+    """The same where no factor is zero by intent."""
+    return tl.fma(f_left, d, d_left), f_left * f
 
 
 @triton.jit
@@ -39,192 +55,283 @@ def number(high, low):
 
 
 @triton.jit
-def token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam):
-    """(q, u = r - q, d, f) of the tokens `at`; 0 and the identity map where not `use`."""
-    v = tl.load(values + at, mask=use, other=0.0).to(tl.float64)
-    r = tl.load(rewards + at, mask=use, other=0.0).to(tl.float64)
-    q = v
-    if log_ratios is not None:
-        q = wide(tau) * tl.load(log_ratios + at, mask=use, other=0.0).to(tl.float64) + v
-    c = lam
-    if trace is not None:
-        c = tl.load(trace + at, mask=use, other=0.0).to(tl.float64)
-    u = r - q
-    return q, u, tl.where(use, v + c * u, 0.0), tl.where(use, c * gamma, 1.0)
-
-
-@triton.jit
-def past(x, first):
-    """The elements to the right of x's along the last axis (index - 1), `first` for the first."""
-    i = tl.arange(0, x.shape[-1])
-    if len(x.shape) == 2:
-        i = tl.broadcast_to(i[None, :], x.shape)
-    return tl.where(i == 0, first, tl.gather(x, tl.maximum(i - 1, 0), len(x.shape) - 1))
-
-
-@triton.jit
-def last(x, L: tl.constexpr):
-    """The last elements along the last axis; a NaN elsewhere does not show."""
-    if len(x.shape) == 2:
-        y = tl.sum(tl.where(tl.arange(0, L)[None, :] == L - 1, x, 0.0), 1)
+def load(x, i, use, default):
+    """x[i] as float32; `default`, which may be a tensor, where there is no x."""
+    if x is None:
+        y = tl.zeros(use.shape, tl.float32) + default
     else:
-        y = tl.sum(tl.where(tl.arange(0, L) == L - 1, x, 0.0), 0)
+        y = tl.load(x + i, mask=use, other=0.0).to(tl.float32)
     return y
 
 
 @triton.jit
-def places(A: tl.constexpr, L: tl.constexpr):
-    """Distances of a tile's tokens from its right end, [A, L]."""
-    return tl.arange(0, A)[:, None] * L + tl.arange(0, L)[None, :]
+def four(x):
+    """The tokens of lanes [R, P, 4] as four of [R, P], which stay in their registers."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
 
 @triton.jit
-def scan_tile(
-    log_ratios,
-    values,
-    rewards,
-    trace,
-    mask,
-    q_out,
-    a_out,
-    g_out,
-    at,
-    inside,
+def step(w, u, v, c, use, last, seed, gamma, CUT: tl.constexpr):
+    """(A, W) of a token from the W right of it; right of a `last` one that is its seed."""
+    w = tl.where(last, seed, w)
+    a = tl.fma(gamma, w, u)
+    if CUT:
+        a = tl.where(gamma == 0, u, a)
+    a = tl.where(use, a, 0.0)
+    w_left = tl.fma(c, a, v)
+    if CUT:
+        w_left = tl.where(c == 0, v, w_left)
+    return a, tl.where(use, w_left, w)
+
+
+@triton.jit
+def lane_steps(w, tokens, gamma, CUT: tl.constexpr):
+    """(A of the tokens, W that leaves the lanes) from the W that enters them."""
+    u, v, lam, use, last, seed = tokens
+    gamma = gamma.to(tl.float32)
+    u, v, c, use = four(u), four(v), four(lam.to(tl.float32)), four(use)
+    last, seed = four(last), four(seed)
+    a3, w = step(w, u[3], v[3], c[3], use[3], last[3], seed[3], gamma, CUT)
+    a2, w = step(w, u[2], v[2], c[2], use[2], last[2], seed[2], gamma, CUT)
+    a1, w = step(w, u[1], v[1], c[1], use[1], last[1], seed[1], gamma, CUT)
+    a0, w = step(w, u[0], v[0], c[0], use[0], last[0], seed[0], gamma, CUT)
+    a = tl.join(tl.join(a0, a2), tl.join(a1, a3))
+    return tl.reshape(a, [w.shape[0], w.shape[1], 4]), w
+
+
+@triton.jit
+def times(f, f_left, CUT: tl.constexpr):
+    return tl.where(f_left == 0, 0.0, f * f_left) if CUT else f * f_left
+
+
+@triton.jit
+def lane_maps(tokens, gamma, CUT: tl.constexpr):
+    """Lanes as maps (d, f), [R, P]."""
+    _u, _v, lam, use, last, _seed = tokens
+    f = lam * gamma
+    if CUT:
+        f = tl.where(lam.to(tl.float32) == 0, 0.0, f)
+    f0, f1, f2, f3 = four(tl.where(last, 0.0, tl.where(use, f, 1.0)))
+    f = times(times(times(f3, f2, CUT), f1, CUT), f0, CUT)
+    _a, w = lane_steps(tl.zeros(f.shape, tl.float32), tokens, gamma, CUT)
+    return w.to(tl.float64), f
+
+
+@triton.jit
+def enter(d, f, carry, BACK: tl.constexpr, CUT: tl.constexpr):
+    """The W that leaves each lane, from lane maps and the `carry` that enters the first one."""
+    p = tl.arange(0, d.shape[1])[None, :]
+    at_0 = p == (0 if BACK else d.shape[1] - 1)
+    d_0, _f = compose(carry, f, d, f)
+    d, f = tl.where(at_0, d_0, d), tl.where(at_0, 0.0, f)
+    if CUT:
+        d, f = tl.associative_scan((d, f), 1, compose, reverse=not BACK)
+    else:
+        d, f = tl.associative_scan((d, f), 1, compose_plain, reverse=not BACK)
+    return d
+
+
+# --- device: tiles ------------------------------------------------------------------------------
+
+
+@triton.jit
+def places(first, begin, end, P: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr):
+    """(the tokens [R, P, 4] of a tile that begins at `first`, which of them are in [begin, end)).
+
+    WHOLE: no lane is in by a part only; said so that loads and stores become vectors. BACK: lanes
+    are counted from the right.
+    """
+    p = tl.arange(0, P)[None, :, None]
+    lane = first + 4 * (P - 1 - p if BACK else p)
+    at = lane + tl.arange(0, 4)[None, None, :]
+    asked = tl.broadcast_to(lane, at.shape) if WHOLE else at
+    return at, (asked >= begin) & (asked < end)
+
+
+@triton.jit
+def load_tokens(inputs, at, inside, tau, lam):
+    """(Q, r - Q, V, trace decay in float64, whether active) of tokens."""
+    log_ratios, values, rewards, trace, mask = inputs
+    v = load(values, at, inside, 0.0)
+    r = load(rewards, at, inside, 0.0)
+    q = v
+    if log_ratios is not None:
+        q = tl.fma(wide(tau).to(tl.float32), load(log_ratios, at, inside, 0.0), v)
+    if trace is not None:
+        lam = load(trace, at, inside, 0.0).to(tl.float64)
+    use = inside
+    if mask is not None:
+        use = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    return q, r - q, v, tl.broadcast_to(lam, at.shape), use
+
+
+@triton.jit
+def write_tokens(out, at, inside, q, tokens, w, gamma, alpha, CUT: tl.constexpr):
+    """The outputs of tokens from the W that enters each lane."""
+    q_out, a_out, g_out = out
+    use = tokens[3]
+    a, _w = lane_steps(w.to(tl.float32), tokens, gamma, CUT)
+    g = tl.fma(wide(alpha).to(tl.float32), a, q)
+    if q_out is not None:
+        tl.store(q_out + at, tl.where(use, q, 0.0), mask=inside)
+    tl.store(a_out + at, a, mask=inside)
+    tl.store(g_out + at, tl.where(use, g, 0.0), mask=inside)
+
+
+@triton.jit
+def row_tile(
+    inputs,
+    out,
+    first,
+    begin,
+    end,
     carry,
     tau,
     gamma,
     lam,
     alpha,
-    ONE: tl.constexpr,
-    A: tl.constexpr,
-    L: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BACK: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """Writes one tile [A, L], its tokens from right to left, and returns the new carry: a number if
-    the lines are ONE sequence, else [A]."""
-    use = inside
-    if mask is not None:
-        use = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    q, u, d, f = token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam)
-    d, f = tl.associative_scan((d, f), 1, compose)
-    if ONE:
-        line_d, line_f = tl.associative_scan((last(d, L), last(f, L)), 0, compose)
-        ends = line_d + line_f * carry
-        carry = past(ends, carry)[:, None]
-        w = d + f * carry
-        after = last(ends, A)
-    else:
-        carry = carry[:, None]
-        w = d + f * carry
-        after = last(w, L)
-    a = u + gamma * past(w, carry)
-    if q_out is not None:
-        tl.store(q_out + at, tl.where(use, q, 0.0).to(tl.float32), mask=inside)
-    tl.store(a_out + at, tl.where(use, a, 0.0).to(tl.float32), mask=inside)
-    g = q + wide(alpha) * a
-    tl.store(g_out + at, tl.where(use, g, 0.0).to(tl.float32), mask=inside)
-    return after
+    """Writes a tile; returns the W that enter its lanes.
+
+    Each lane describes the one to its right: a scan of these maps is the W that enters, where a
+    scan of its own would have to be handed on to the next thread. The tokens come from the cache.
+    So the first lane's `carry` enters the last lane of the tile before, as that tile returned it.
+    """
+    R: tl.constexpr = carry.shape[0]
+    P: tl.constexpr = carry.shape[1]
+    no, zero = tl.zeros([R, P, 4], tl.int1), tl.zeros([R, P, 4], tl.float32)
+    at, inside = places(first, begin, end, P, WHOLE, BACK)
+    q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
+    tl.debug_barrier()  # these loads are on their way now, not when they are used
+    right, there = places(first + 4, begin, end, P, WHOLE, BACK)
+    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, there, tau, lam)
+    d, f = lane_maps((u_1, v_1, c_1, use_1, no, zero), gamma, CUT)
+    w = enter(d, f, carry, BACK, CUT)
+    write_tokens(out, at, inside, q, (u, v, c, use, no, zero), w, gamma, alpha, CUT)
+    return w
 
 
-@triton.jit
-def span(ends, s, there, length, tokens):
-    """[begin, end) of sequences; clamped, so that ends nobody checked cannot leave the buffers."""
-    if ends is None:
-        begin = s * length
-        end = begin + tl.where(there, length, 0)
-    else:
-        begin = tl.load(ends + s, mask=there, other=0).to(tl.int64)
-        end = tl.load(ends + s + 1, mask=there, other=0).to(tl.int64)
-        begin = tl.minimum(tl.maximum(begin, 0), tokens)
-        end = tl.minimum(tl.maximum(end, begin), tokens)
-    return begin, end
-
-
-@triton.jit
-def per_sequence(x, s, there, default):
-    if x is None:
-        y = tl.zeros(s.shape, tl.float64) + default
-    else:
-        y = tl.load(x + s, mask=there, other=0.0).to(tl.float64)
-    return y
-
-
-@triton.jit(do_not_specialize=["sequences", "length", "tokens"])
-def walk_kernel(
+@triton.jit(do_not_specialize=["rows", "length"])
+def rows_kernel(
     log_ratios,  # None: Q = V (GAE)
     values,
     rewards,
     trace,  # None: lam
     lam_rows,
     mask,
-    ends,
     bootstrap,
     q_out,  # None: not wanted
     a_out,
     g_out,
-    sequences,
+    rows,
     length,
-    tokens,
     tau,
     gamma_high,
     gamma_low,
     lam_high,
     lam_low,
     alpha,
-    ONE: tl.constexpr,
-    A: tl.constexpr,
-    L: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    WHOLE: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """One sequence a program, or a sequence a line; each tile after tile from its right end."""
+    """R rows a program, tile after tile from their right end.
+
+    Lanes run from right to left in one tile and from left to right in the next: what leaves the
+    last lane of a tile is then in the thread that holds the first of the next.
+    """
+    inputs, out = (log_ratios, values, rewards, trace, mask), (q_out, a_out, g_out)
     gamma = number(gamma_high, gamma_low)
     lam = number(lam_high, lam_low)
-    s = tl.program_id(0).to(tl.int64)
-    if not ONE:
-        s = s * A + tl.arange(0, A)
-    there = s < sequences
-    begin, end = span(ends, s, there, length, tokens)
-    lam = per_sequence(lam_rows, s, there, lam)
-    carry = per_sequence(bootstrap, s, there, 0.0)
-    if ONE:
-        for first in tl.range(0, end - begin, A * L, num_stages=2):
-            at = end - 1 - first - places(A, L)
-            carry = scan_tile(
-                log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
-                at, at >= begin, carry, tau, gamma, lam, alpha, True, A, L,
-            )  # fmt: skip
-    else:
-        at = end[:, None] - 1 - tl.arange(0, L)[None, :]
-        inside = (at >= begin[:, None]) & there[:, None]
-        scan_tile(
-            log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
-            at, inside, carry, tau, gamma, lam[:, None], alpha, False, A, L,
-        )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    there = row < rows
+    if lam_rows is not None:
+        lam = load(lam_rows, row, there, 0.0).to(tl.float64)[:, :, None]
+    carry = tl.broadcast_to(load(bootstrap, row, there, 0.0).to(tl.float64), [R, P])
+    begin = (row * length)[:, :, None]
+    end = tl.where(there[:, :, None], begin + length, begin)
+    # lanes begin at multiples of four tokens of the whole tensor, so that vectors are aligned
+    first = (begin + length + 3) // 4 * 4 - 4 * P
+    tiles = tl.cdiv(length if WHOLE else length + 3, 4 * P)
+    for i in range(0, tiles, 2):
+        carry = row_tile(
+            *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, True, CUT
+        )
+        if i + 1 < tiles:
+            first -= 4 * P
+            carry = row_tile(
+                *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, False, CUT
+            )
+        first -= 4 * P
+
+
+# --- device: flat tiles -------------------------------------------------------------------------
 
 
 @triton.jit
-def tile_of(ends, p, sequences, length, tokens, TILE: tl.constexpr):
-    """Tile p as (sequence, number from the right, begin, end); a tile that does not exist is empty.
+def bound(ends, s, length):
+    """Where sequence s begins, and the one before it ends."""
+    return s * length if ends is None else tl.load(ends + s).to(tl.int64)
 
-    Tiles hang from the right end of their sequence. Packed, sequence s owns the numbers from
-    begin_s // TILE + s on: enough for every sequence, and found by bisection.
+
+@triton.jit
+def sequences_of(ends, t, t_2, sequences, length):
+    """The sequences of two tokens: the last ones that do not begin after them.
+
+    Many ends a round: two dependent loads find one of 16 000, where bisection takes fourteen.
     """
     if ends is None:
-        each = tl.cdiv(length, TILE)
-        s = p // each
-        k = p % each
+        s = t // length
+        s_2 = t_2 // length
     else:
-        low = tl.zeros([], tl.int64)
-        high = tl.zeros([], tl.int64) + sequences
-        while high - low > 1:
-            middle = (low + high) // 2
-            begin = tl.minimum(tl.maximum(tl.load(ends + middle).to(tl.int64), 0), tokens)
-            if begin // TILE + middle <= p:
-                low = middle
-            else:
-                high = middle
-        s = low
-        k = p - (tl.minimum(tl.maximum(tl.load(ends + s).to(tl.int64), 0), tokens) // TILE + s)
-    begin, end = span(ends, s, s < sequences, length, tokens)
-    return s, k, begin, end
+        s = tl.zeros([], tl.int64)
+        s_2 = tl.zeros([], tl.int64)
+        size = tl.zeros([], tl.int64) + sequences
+        while size > 1:
+            size = tl.cdiv(size, _ENDS)
+            i = s + tl.arange(0, _ENDS) * size
+            i_2 = s_2 + tl.arange(0, _ENDS) * size
+            begin = tl.load(ends + i, mask=i < sequences, other=0)
+            begin_2 = tl.load(ends + i_2, mask=i_2 < sequences, other=0)
+            before = tl.sum(((i < sequences) & (begin <= t)).to(tl.int32), 0)
+            before_2 = tl.sum(((i_2 < sequences) & (begin_2 <= t_2)).to(tl.int32), 0)
+            s += tl.maximum(before - 1, 0) * size
+            s_2 += tl.maximum(before_2 - 1, 0) * size
+    return s, s_2
+
+
+@triton.jit
+def look_up(rows, at, use, inside, s, s_2, lam):
+    """(active tokens, which ones end a sequence, the bootstraps of these, trace decays) of tokens
+    in sequences s .. s_2, or in none."""
+    ends, lam_rows, bootstrap, length = rows
+    if ends is None:
+        end = (s + 1) * length
+        i = tl.where(at < end, s, s_2)  # rows are longer than a tile
+    else:
+        k = tl.zeros(at.shape, tl.int32)
+        size = (s_2 + 1 - s).to(tl.int32)
+        stop = k + size
+        while size > 1:
+            middle = (k + stop) // 2
+            is_right = tl.load(ends + s + middle) <= at
+            k = tl.where(is_right, middle, k)
+            stop = tl.where(is_right, stop, middle)
+            size = tl.cdiv(size, 2)
+        i = s + k
+        end = tl.load(ends + s + 1 + k)
+        inside = inside & (at < end) & (at >= tl.load(ends))
+    last = inside & (at + 1 == end)
+    if lam_rows is not None:
+        lam = load(lam_rows, i, inside, 0.0).to(tl.float64)
+    return use & inside, last, load(bootstrap, i, last, 0.0), lam
 
 
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])
@@ -236,8 +343,8 @@ def tile_map_kernel(
     lam_rows,
     mask,
     ends,
-    maps,  # [2, tiles] float64
-    tiles,
+    bootstrap,
+    maps,  # [tiles, 2] float64
     sequences,
     length,
     tokens,
@@ -246,23 +353,46 @@ def tile_map_kernel(
     gamma_low,
     lam_high,
     lam_low,
-    A: tl.constexpr,
-    L: tl.constexpr,
+    P: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """The map of each tile as a whole."""
-    p = tl.program_id(0).to(tl.int64)
-    s, k, begin, end = tile_of(ends, p, sequences, length, tokens, A * L)
-    at = end - 1 - k * (A * L) - places(A, L)
-    use = at >= begin
-    if mask is not None:
-        use = use & (tl.load(mask + at, mask=use, other=0) != 0)
-    lam = per_sequence(lam_rows, s, s < sequences, number(lam_high, lam_low))
-    gamma = number(gamma_high, gamma_low)
-    _q, _u, d, f = token_maps(log_ratios, values, rewards, trace, at, use, tau, gamma, lam)
-    d, f = tl.associative_scan((d, f), 1, compose)
-    d, f = tl.associative_scan((last(d, L), last(f, L)), 0, compose)
-    tl.store(maps + p, last(d, A))
-    tl.store(maps + tiles + p, last(f, A))
+    """The map of each tile up to the end of the sequence that it begins in, if that began before
+    it: nobody asks for others. Where that sequence ends its bootstrap is folded in."""
+    tile = tl.program_id(0).to(tl.int64)
+    first = tile * (4 * P)
+    s, _s = sequences_of(ends, first, first, sequences, length)
+    end = bound(ends, s + 1, length)
+    if (bound(ends, s, length) < first) & (first < end):
+        inputs, yes = (log_ratios, values, rewards, trace, mask), tl.full([], 1, tl.int1)
+        gamma = number(gamma_high, gamma_low)
+        lam = number(lam_high, lam_low)
+        if lam_rows is not None:
+            lam = load(lam_rows, s, yes, 0.0).to(tl.float64)
+        at, inside = places(first, first, tokens, P, WHOLE, True)
+        _q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
+        seed = tl.zeros(at.shape, tl.float32) + load(bootstrap, s, yes, 0.0)
+        d, f = lane_maps((u, v, c, use, at + 1 == end, seed), gamma, True)
+        d, f = tl.associative_scan((d, f), 1, compose)
+        beyond = tl.arange(0, P)[None, :] - (P - 1)
+        to = maps + tile + beyond
+        tl.store(to, d, mask=beyond == 0)
+        tl.store(to + tl.num_programs(0), f, mask=beyond == 0)
+
+
+@triton.jit
+def composed(maps, tiles, begin, end, MAPS: tl.constexpr):
+    """The W that leaves tiles begin .. end - 1, the last of which ends a sequence."""
+    w = tl.zeros([], tl.float64)
+    i = tl.arange(0, MAPS)
+    while end > begin:
+        d = tl.load(maps + end - 1 - i, mask=end - i > begin, other=0.0)
+        f = tl.load(maps + tiles + end - 1 - i, mask=end - i > begin, other=1.0)
+        d_0, _f = compose(w, f, d, f)
+        d, f = tl.where(i == 0, d_0, d), tl.where(i == 0, 0.0, f)
+        d, f = tl.associative_scan((d, f), 0, compose)
+        w = tl.sum(tl.where(i == MAPS - 1, d, 0.0), 0)
+        end -= MAPS
+    return w
 
 
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])
@@ -279,7 +409,6 @@ def tile_scan_kernel(
     a_out,
     g_out,
     maps,
-    tiles,
     sequences,
     length,
     tokens,
@@ -289,30 +418,37 @@ def tile_scan_kernel(
     lam_high,
     lam_low,
     alpha,
-    A: tl.constexpr,
-    L: tl.constexpr,
+    P: tl.constexpr,
+    WHOLE: tl.constexpr,
     MAPS: tl.constexpr,  # maps composed at a time
 ):
     """Each tile from the maps to its right, composed in their order."""
-    p = tl.program_id(0).to(tl.int64)
-    s, k, begin, end = tile_of(ends, p, sequences, length, tokens, A * L)
-    if end - k * (A * L) > begin:
-        gamma = number(gamma_high, gamma_low)
-        lam = per_sequence(lam_rows, s, s < sequences, number(lam_high, lam_low))
-        carry = per_sequence(bootstrap, s, s < sequences, 0.0)
-        j = tl.arange(0, MAPS)
-        for first in range(0, k, MAPS):
-            use = first + j < k
-            at = maps + (p - k) + first + j
-            d = tl.load(at, mask=use, other=0.0)
-            f = tl.load(at + tiles, mask=use, other=1.0)
-            d, f = tl.associative_scan((d, f), 0, compose)
-            carry = last(d, MAPS) + last(f, MAPS) * carry
-        at = end - 1 - k * (A * L) - places(A, L)
-        scan_tile(
-            log_ratios, values, rewards, trace, mask, q_out, a_out, g_out,
-            at, at >= begin, carry, tau, gamma, lam, alpha, True, A, L,
-        )  # fmt: skip
+    inputs, out = (log_ratios, values, rewards, trace, mask), (q_out, a_out, g_out)
+    gamma = number(gamma_high, gamma_low)
+    lam = number(lam_high, lam_low)
+    tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    first = tile * (4 * P)
+    stop = tl.minimum(first + 4 * P, tokens)
+    at, inside = places(first, first, stop, P, WHOLE, True)
+    q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
+    tl.debug_barrier()  # as in row_tile
+    s, s_2 = sequences_of(ends, first, stop - 1, sequences, length)
+    end = bound(ends, s_2 + 1, length)
+    carry = tl.zeros([], tl.float64)
+    if end > stop:
+        beyond = tl.minimum((end - 1) // (4 * P) + 1, tiles)
+        carry = composed(maps, tiles, tile + 1, beyond, MAPS)
+    rows = (ends, lam_rows, bootstrap, length)
+    use, last, seed, c = look_up(rows, at, use, inside, s, s_2, c)
+    right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
+    _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam)
+    use_1, last_1, seed_1, c_1 = look_up(rows, right, use_1, inside_1, s, s_2, c_1)
+    d, f = lane_maps((u_1, v_1, c_1, use_1, last_1, seed_1), gamma, True)
+    w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True, True)
+    write_tokens(out, at, inside, q, (u, v, c, use, last, seed), w, gamma, alpha, True)
+
+
+# --- host ---------------------------------------------------------------------------------------
 
 
 def split(x: float) -> tuple[float, float]:
@@ -337,67 +473,46 @@ def scan(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(q, advantages, returns); q is None without log-ratios."""
     tokens, shape = values.numel(), values.shape
-    packed, cu_seqlens = cu_seqlens is not None, host.compact(cu_seqlens)
-    if packed:
-        sequences, length = cu_seqlens.shape[0] - 1, 0
-    else:
-        length = shape[-1]
-        sequences = tokens // length if length else 0
-    q = None if log_ratios is None else host.like(values, shape)
-    a, g = host.like(values, shape), host.like(values, shape)
-    if packed:  # tokens past the last end belong to no sequence and are never visited
-        for x in (q, a, g):
-            if x is not None:
-                x.zero_()
-    if tokens == 0 or sequences == 0:
-        return q, a, g
+    lam_rows = lam_rows if trace is None else None
+    out = [None if log_ratios is None else host.like(values, shape)]
+    out += host.like(values, shape), host.like(values, shape)
+    packed = cu_seqlens is not None
+    length = 0 if packed else shape[-1]
+    rows = cu_seqlens.shape[0] - 1 if packed else tokens // max(1, length)
+    if tokens == 0 or rows == 0:  # tokens without a sequence
+        return tuple(x if x is None else x.zero_() for x in out)
     inputs = [host.compact(x) for x in (log_ratios, values, rewards, trace, lam_rows, mask)]
     bootstrap = host.compact(bootstrap)
-    sizes = sequences, length, tokens
     scalars = (tau, *split(gamma), *split(lam))
-    reach = tokens if packed else length  # the longest a sequence can be
-    if reach <= _LINE and not packed:
-        lines = min(_LINES, host.power_of_2(sequences))
+    if packed or (length > _LONG and rows < _FEW):
+        lanes = min(_LANES, max(32, host.power_of_2(host.tiles_of(tokens, 4))))
+        tiles, whole = host.tiles_of(tokens, 4 * lanes), tokens % 4 == 0
+        inputs += host.compact(cu_seqlens), bootstrap
+        maps = host.like(values, (2, tiles), torch.float64)
+        scalars = (rows, length, tokens, *scalars)
+        how = {"num_warps": max(1, lanes // 32)}
+        if tiles > 1:
+            host.launch(
+                tile_map_kernel, tiles, values, *inputs, maps, *scalars, lanes, whole, **how
+            )
+        most = min(_MAPS, host.power_of_2(host.tiles_of(length or tokens, 4 * lanes)))
         host.launch(
-            walk_kernel,
-            host.tiles_of(sequences, lines),
-            values,
-            *(*inputs, cu_seqlens, bootstrap, q, a, g, *sizes, *scalars, alpha),
-            *(False, lines, host.power_of_2(reach)),
-            num_warps=max(1, lines // 8),
+            *(tile_scan_kernel, tiles, values, *inputs, *out, maps, *scalars, alpha),
+            *(lanes, whole, most),
+            **how,
         )
-        return q, a, g
-    lines = min(_LINES, host.power_of_2(host.tiles_of(reach, _LINE)))
-    warps = max(1, lines // 8)
-    most = host.tiles_of(reach, lines * _LINE)  # tiles of one sequence
-    if most < 4 or (sequences >= _FEW and not packed):
+    else:
+        whole = length % 4 == 0
+        cut = trace is not None or lam_rows is not None or not (scalars[1] and scalars[3])
+        lanes = min(_LANES, host.power_of_2(host.tiles_of(length + 3 * (not whole), 4)))
+        group = min(host.power_of_2(rows), max(1, 128 // lanes) if lanes <= 32 else 1)
         host.launch(
-            walk_kernel,
-            sequences,
-            values,
-            *(*inputs, cu_seqlens, bootstrap, q, a, g, *sizes, *scalars, alpha),
-            *(True, lines, _LINE),
-            num_warps=warps,
+            *(rows_kernel, host.tiles_of(rows, group), values),
+            *(*inputs, bootstrap, *out, rows, length, *scalars, alpha),
+            *(group, lanes, whole, cut),
+            num_warps=max(1, group * lanes // 32),
         )
-        return q, a, g
-    tiles = tokens // (lines * _LINE) + sequences if packed else sequences * most
-    maps = host.like(values, (2, tiles), torch.float64)
-    host.launch(
-        tile_map_kernel,
-        tiles,
-        values,
-        *(*inputs, cu_seqlens, maps, tiles, *sizes, *scalars, lines, _LINE),
-        num_warps=warps,
-    )
-    host.launch(
-        tile_scan_kernel,
-        tiles,
-        values,
-        *(*inputs, cu_seqlens, bootstrap, q, a, g, maps, tiles, *sizes, *scalars, alpha),
-        *(lines, _LINE, min(256, host.power_of_2(most))),
-        num_warps=warps,
-    )
-    return q, a, g
+    return tuple(out)
 
 
 def lambda_returns(*args) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,20 @@ import triton.language as tl
 from torch import Tensor
 
 from klq_kernels import _triton_host as host
-from klq_kernels.lambda_returns.triton import span
+
+
+@triton.jit
+def span(ends, s, there, length, tokens):
+    """[begin, end) of sequences; clamped, so that ends nobody checked cannot leave the buffers."""
+    if ends is None:
+        begin = s * length
+        end = begin + tl.where(there, length, 0)
+    else:
+        begin = tl.load(ends + s, mask=there, other=0).to(tl.int64)
+        end = tl.load(ends + s + 1, mask=there, other=0).to(tl.int64)
+        begin = tl.minimum(tl.maximum(begin, 0), tokens)
+        end = tl.minimum(tl.maximum(end, begin), tokens)
+    return begin, end
 
 
 @triton.jit(do_not_specialize=["sequences", "length", "tokens"])

@@ -182,7 +182,8 @@ def test_the_gradient_in_place_stays_in_its_rows(dtype, stride):
 def test_long_sequences_cut_into_tiles(monkeypatch, lengths, trace):
     """The two launches of few long sequences, with tiles of 64 tokens in place of 1024."""
     module = sys.modules[klq_kernels._operators.kernel("lambda_returns").__module__]
-    monkeypatch.setattr(module, "_LINES", 2)
+    monkeypatch.setattr(module, "_LANES", 16)
+    monkeypatch.setattr(module, "_LONG", 64)
     spec, size = SPECS["lambda_returns"], {"leading": (3, 300)}
     if lengths is not None:
         size = {"leading": (300,), "lengths": lengths}
@@ -201,8 +202,8 @@ def test_long_sequences_cut_into_tiles(monkeypatch, lengths, trace):
 
 
 @inside
-@pytest.mark.parametrize("length", [31, 32, 33, 1023, 1025])
-def test_lengths_around_lines_and_tiles(length):
+@pytest.mark.parametrize("length", [31, 32, 33, 1023, 1025, 2051])
+def test_lengths_around_lanes_and_tiles(length):
     spec = SPECS["gae"]
     check(spec, spec.inputs("cpu", torch.float32, leading=(2, length)), "triton", torch.float32)
 
