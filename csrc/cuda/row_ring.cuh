@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       const int there = int(min(int64_t(32), (active - batch + step - 1) / step));
       for (int j = 0; j < there; ++j) {
         if (lane == j) {
-          infos[slot] = info;
           uint32_t stage = done % kStages, phase = done / kStages;
           for (int c = 0; c < ring.chunks; ++c) {
             const int bytes = columns(c) * int(sizeof(T));
@@ -127,6 +126,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
               const uint32_t bar = shared_address(&full[stage]);
               const uint32_t to = shared_address(stages + stage * kPitch + lead_of(row));
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
+              if (c == 0 && k == 0) infos[slot] = info;  // who read the slot before is past it
               if (cut) store_shared(to + aligned, row_end(reinterpret_cast<const T*>(row) + width));
               barrier_expect(bar, aligned);
               if (aligned)

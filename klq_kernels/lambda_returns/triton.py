@@ -24,161 +24,21 @@ import triton.language as tl
 from torch import Tensor
 
 from klq_kernels import _triton_host as host
-from klq_kernels._triton import wide
+from klq_kernels._triton_scan import (
+    compose,
+    enter,
+    lane_maps,
+    load,
+    load_tokens,
+    number,
+    places,
+    write_tokens,
+)
 
 _LANES = 256  # most lanes of a tile; a thread each
 _LONG, _FEW = 4096, 256  # fewer rows, if longer, leave the device idle when each is one program
 _MAPS = 256  # most maps composed at a time
 _ENDS = tl.constexpr(128)  # ends a search looks at together
-
-
-# --- device: lanes ------------------------------------------------------------------------------
-
-
-@triton.jit
-def compose(d, f, d_left, f_left):
-    """The map of tokens to the right, then the map of those to their left."""
-    cut = f_left == 0
-    return tl.where(cut, d_left, tl.fma(f_left, d, d_left)), tl.where(cut, f_left, f_left * f)
-
-
-@triton.jit
-def compose_plain(d, f, d_left, f_left):
-    """The same where no factor is zero by intent."""
-    return tl.fma(f_left, d, d_left), f_left * f
-
-
-@triton.jit
-def number(high, low):
-    """A float64 scalar from two float32 arguments: Triton passes Python floats as float32."""
-    return wide(high) + wide(low)
-
-
-@triton.jit
-def load(x, i, use, default):
-    """x[i] as float32; `default`, which may be a tensor, where there is no x."""
-    if x is None:
-        y = tl.zeros(use.shape, tl.float32) + default
-    else:
-        y = tl.load(x + i, mask=use, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def four(x):
-    """The tokens of lanes [R, P, 4] as four of [R, P], which stay in their registers."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def step(w, u, v, c, use, last, seed, gamma, CUT: tl.constexpr):
-    """(A, W) of a token from the W right of it; right of a `last` one that is its seed."""
-    w = tl.where(last, seed, w)
-    a = tl.fma(gamma, w, u)
-    if CUT:
-        a = tl.where(gamma == 0, u, a)
-    a = tl.where(use, a, 0.0)
-    w_left = tl.fma(c, a, v)
-    if CUT:
-        w_left = tl.where(c == 0, v, w_left)
-    return a, tl.where(use, w_left, w)
-
-
-@triton.jit
-def lane_steps(w, tokens, gamma, CUT: tl.constexpr):
-    """(A of the tokens, W that leaves the lanes) from the W that enters them."""
-    u, v, lam, use, last, seed = tokens
-    gamma = gamma.to(tl.float32)
-    u, v, c, use = four(u), four(v), four(lam.to(tl.float32)), four(use)
-    last, seed = four(last), four(seed)
-    a3, w = step(w, u[3], v[3], c[3], use[3], last[3], seed[3], gamma, CUT)
-    a2, w = step(w, u[2], v[2], c[2], use[2], last[2], seed[2], gamma, CUT)
-    a1, w = step(w, u[1], v[1], c[1], use[1], last[1], seed[1], gamma, CUT)
-    a0, w = step(w, u[0], v[0], c[0], use[0], last[0], seed[0], gamma, CUT)
-    a = tl.join(tl.join(a0, a2), tl.join(a1, a3))
-    return tl.reshape(a, [w.shape[0], w.shape[1], 4]), w
-
-
-@triton.jit
-def times(f, f_left, CUT: tl.constexpr):
-    return tl.where(f_left == 0, 0.0, f * f_left) if CUT else f * f_left
-
-
-@triton.jit
-def lane_maps(tokens, gamma, CUT: tl.constexpr):
-    """Lanes as maps (d, f), [R, P]."""
-    _u, _v, lam, use, last, _seed = tokens
-    f = lam * gamma
-    if CUT:
-        f = tl.where(lam.to(tl.float32) == 0, 0.0, f)
-    f0, f1, f2, f3 = four(tl.where(last, 0.0, tl.where(use, f, 1.0)))
-    f = times(times(times(f3, f2, CUT), f1, CUT), f0, CUT)
-    _a, w = lane_steps(tl.zeros(f.shape, tl.float32), tokens, gamma, CUT)
-    return w.to(tl.float64), f
-
-
-@triton.jit
-def enter(d, f, carry, BACK: tl.constexpr, CUT: tl.constexpr):
-    """The W that leaves each lane, from lane maps and the `carry` that enters the first one."""
-    p = tl.arange(0, d.shape[1])[None, :]
-    at_0 = p == (0 if BACK else d.shape[1] - 1)
-    d_0, _f = compose(carry, f, d, f)
-    d, f = tl.where(at_0, d_0, d), tl.where(at_0, 0.0, f)
-    if CUT:
-        d, f = tl.associative_scan((d, f), 1, compose, reverse=not BACK)
-    else:
-        d, f = tl.associative_scan((d, f), 1, compose_plain, reverse=not BACK)
-    return d
-
-
-# --- device: tiles ------------------------------------------------------------------------------
-
-
-@triton.jit
-def places(first, begin, end, P: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr):
-    """(the tokens [R, P, 4] of a tile that begins at `first`, which of them are in [begin, end)).
-
-    WHOLE: no lane is in by a part only; said so that loads and stores become vectors. BACK: lanes
-    are counted from the right.
-    """
-    p = tl.arange(0, P)[None, :, None]
-    lane = first + 4 * (P - 1 - p if BACK else p)
-    at = lane + tl.arange(0, 4)[None, None, :]
-    asked = tl.broadcast_to(lane, at.shape) if WHOLE else at
-    return at, (asked >= begin) & (asked < end)
-
-
-@triton.jit
-def load_tokens(inputs, at, inside, tau, lam):
-    """(Q, r - Q, V, trace decay in float64, whether active) of tokens."""
-    log_ratios, values, rewards, trace, mask = inputs
-    v = load(values, at, inside, 0.0)
-    r = load(rewards, at, inside, 0.0)
-    q = v
-    if log_ratios is not None:
-        q = tl.fma(wide(tau).to(tl.float32), load(log_ratios, at, inside, 0.0), v)
-    if trace is not None:
-        lam = load(trace, at, inside, 0.0).to(tl.float64)
-    use = inside
-    if mask is not None:
-        use = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    return q, r - q, v, tl.broadcast_to(lam, at.shape), use
-
-
-@triton.jit
-def write_tokens(out, at, inside, q, tokens, w, gamma, alpha, CUT: tl.constexpr):
-    """The outputs of tokens from the W that enters each lane."""
-    q_out, a_out, g_out = out
-    use = tokens[3]
-    a, _w = lane_steps(w.to(tl.float32), tokens, gamma, CUT)
-    g = tl.fma(wide(alpha).to(tl.float32), a, q)
-    if q_out is not None:
-        tl.store(q_out + at, tl.where(use, q, 0.0), mask=inside)
-    tl.store(a_out + at, a, mask=inside)
-    tl.store(g_out + at, tl.where(use, g, 0.0), mask=inside)
 
 
 @triton.jit
@@ -194,27 +54,26 @@ def row_tile(
     lam,
     alpha,
     WHOLE: tl.constexpr,
-    BACK: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """Writes a tile; returns the W that enter its lanes.
+    """Writes a tile; returns the W that enters its last lane, the `carry` of the next tile.
 
     Each lane describes the one to its right: a scan of these maps is the W that enters, where a
     scan of its own would have to be handed on to the next thread. The tokens come from the cache.
-    So the first lane's `carry` enters the last lane of the tile before, as that tile returned it.
     """
     R: tl.constexpr = carry.shape[0]
     P: tl.constexpr = carry.shape[1]
     no, zero = tl.zeros([R, P, 4], tl.int1), tl.zeros([R, P, 4], tl.float32)
-    at, inside = places(first, begin, end, P, WHOLE, BACK)
+    at, inside = places(first, begin, end, P, WHOLE)
     q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
     tl.debug_barrier()  # these loads are on their way now, not when they are used
-    right, there = places(first + 4, begin, end, P, WHOLE, BACK)
+    right, there = places(first + 4, begin, end, P, WHOLE)
     _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, there, tau, lam)
     d, f = lane_maps((u_1, v_1, c_1, use_1, no, zero), gamma, CUT)
-    w = enter(d, f, carry, BACK, CUT)
+    w = enter(d, f, carry, CUT)
     write_tokens(out, at, inside, q, (u, v, c, use, no, zero), w, gamma, alpha, CUT)
-    return w
+    w = tl.sum(tl.where(tl.arange(0, P)[None, :] == P - 1, w, 0.0), 1)
+    return tl.broadcast_to(w[:, None], [R, P])
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -242,11 +101,7 @@ def rows_kernel(
     WHOLE: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """R rows a program, tile after tile from their right end.
-
-    Lanes run from right to left in one tile and from left to right in the next: what leaves the
-    last lane of a tile is then in the thread that holds the first of the next.
-    """
+    """R rows a program, tile after tile from their right end."""
     inputs, out = (log_ratios, values, rewards, trace, mask), (q_out, a_out, g_out)
     gamma = number(gamma_high, gamma_low)
     lam = number(lam_high, lam_low)
@@ -260,15 +115,10 @@ def rows_kernel(
     # lanes begin at multiples of four tokens of the whole tensor, so that vectors are aligned
     first = (begin + length + 3) // 4 * 4 - 4 * P
     tiles = tl.cdiv(length if WHOLE else length + 3, 4 * P)
-    for i in range(0, tiles, 2):
+    for _ in range(tiles):
         carry = row_tile(
-            *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, True, CUT
+            *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, CUT
         )
-        if i + 1 < tiles:
-            first -= 4 * P
-            carry = row_tile(
-                *(inputs, out, first, begin, end, carry, tau, gamma, lam, alpha), WHOLE, False, CUT
-            )
         first -= 4 * P
 
 
@@ -368,7 +218,7 @@ def tile_map_kernel(
         lam = number(lam_high, lam_low)
         if lam_rows is not None:
             lam = load(lam_rows, s, yes, 0.0).to(tl.float64)
-        at, inside = places(first, first, tokens, P, WHOLE, True)
+        at, inside = places(first, first, tokens, P, WHOLE)
         _q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
         seed = tl.zeros(at.shape, tl.float32) + load(bootstrap, s, yes, 0.0)
         d, f = lane_maps((u, v, c, use, at + 1 == end, seed), gamma, True)
@@ -429,7 +279,7 @@ def tile_scan_kernel(
     tile, tiles = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     first = tile * (4 * P)
     stop = tl.minimum(first + 4 * P, tokens)
-    at, inside = places(first, first, stop, P, WHOLE, True)
+    at, inside = places(first, first, stop, P, WHOLE)
     q, u, v, c, use = load_tokens(inputs, at, inside, tau, lam)
     tl.debug_barrier()  # as in row_tile
     s, s_2 = sequences_of(ends, first, stop - 1, sequences, length)
@@ -440,11 +290,11 @@ def tile_scan_kernel(
         carry = composed(maps, tiles, tile + 1, beyond, MAPS)
     rows = (ends, lam_rows, bootstrap, length)
     use, last, seed, c = look_up(rows, at, use, inside, s, s_2, c)
-    right, inside_1 = places(first + 4, first, stop, P, WHOLE, True)
+    right, inside_1 = places(first + 4, first, stop, P, WHOLE)
     _q, u_1, v_1, c_1, use_1 = load_tokens(inputs, right, inside_1, tau, lam)
     use_1, last_1, seed_1, c_1 = look_up(rows, right, use_1, inside_1, s, s_2, c_1)
     d, f = lane_maps((u_1, v_1, c_1, use_1, last_1, seed_1), gamma, True)
-    w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True, True)
+    w = enter(d, f, tl.zeros([1, P], tl.float64) + carry, True)
     write_tokens(out, at, inside, q, (u, v, c, use, last, seed), w, gamma, alpha, True)
 
 
