@@ -59,8 +59,14 @@ class Rows:
 
 def ours(op: str, device: str, call: Callable, check: Callable, floor: int, **how) -> list[Side]:
     """A side for each of our backends; `call(backend=...)` is one call. `name` and the other side
-    of a bar may hold a {} for the backend."""
+    of a bar may hold a {} for the backend; the bars that do not are CUDA's, and a Triton twin is
+    held to CUDA and to torch.compile."""
     name, bars = how.pop("name", "{}"), how.pop("bars", ())
+    twin = (1.7, name.format("cuda")), (1.0, "torch.compile")
+
+    def bars_of(backend):
+        own = [b for b in bars if "{}" in b[1]] + list(twin) if backend == "triton" else bars
+        return tuple(Bar(limit, of.format(backend)) for limit, of in own)
 
     def setup(backend):
         require(op, device, backend)
@@ -72,7 +78,7 @@ def ours(op: str, device: str, call: Callable, check: Callable, floor: int, **ho
             partial(setup, b),
             check,
             floor,
-            bars=tuple(Bar(limit, of.format(b)) for limit, of in bars),
+            bars=bars_of(b),
             **how,
         )
         for b in BACKENDS[device]
