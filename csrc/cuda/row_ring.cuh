@@ -303,7 +303,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         if (lane == 0) gradients_of[slot] = found;
       }
       warp_arrive(shared_address(&closed[slot]), lane);
-      if (!kGrad && (++gathered == kBatch || i + step >= active)) {
+      // the last rows one by one: a scan may wait for them
+      if (!kGrad && (++gathered == kBatch || i + kBatch * step >= active)) {
         finish(lane < gathered ? 0 : 1);
         gathered = 0;
       }
