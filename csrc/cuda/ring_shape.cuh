@@ -24,6 +24,16 @@ struct RingShape {
   static_assert(kStage % 8 == 0 && (WRITE == 0 || kStage % WRITE == 0));
 };
 
+// The blocks an SM for which the compiler is asked to leave registers: not three on sm_100, where
+// it would spill.
+constexpr int blocks_asked(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return blocks < 2 ? blocks : 2;
+#else
+  return blocks;
+#endif
+}
+
 // How the rows spread over blocks: set by the launcher from shapes alone.
 struct Ring {
   int cluster;  // blocks that share a row

@@ -58,7 +58,11 @@ cudaError_t prepare_ring(const Device& device, RingKernel* k) {
   if (!k->usable) return cudaSuccess;
   constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, kShared, Shape::kBytes)) return e;
-  k->clusters[1] = device.sms * Shape::kBlocks;
+  int blocks = 0;
+  if (cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel,
+                                                                    Shape::kThreads, Shape::kBytes))
+    return e;
+  k->clusters[1] = device.sms * blocks;
   for (int size = 2; CLUSTERED && size <= 8; size *= 2) {
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -168,13 +172,14 @@ cudaError_t try_ring(const RowSet& set, const Scale& scale, const Op& op, const 
                      cudaStream_t stream, bool* done) {
   const int64_t bytes = set.rows.width * int64_t(sizeof(T));
   if (bytes <= kShortRow) return cudaSuccess;  // its second read comes from L1
-  constexpr bool kHeavy = CAPPED || Op::kHeavy;
+  // 64 registers, which leave room for three blocks, are too few for these
+  constexpr bool kHeavy = CAPPED || Op::kHeavy || sizeof(T) == 4;
   if constexpr (!Op::kGrad) {
     auto run = [&](auto shape) {
       return launch_ring<T, CAPPED, Op, false, decltype(shape)>(set, scale, op, 1, device, stream,
                                                                 done);
     };
-    if constexpr (kHeavy)  // more registers
+    if constexpr (kHeavy)
       return run(RingShape<256, 0, 4, 6, 2>{});
     else
       return run(RingShape<256, 0, 4, 4, 3>{});

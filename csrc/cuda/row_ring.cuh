@@ -25,7 +25,7 @@
 namespace klq::cuda {
 
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(Shape::kThreads, blocks_asked(Shape::kBlocks))
     row_ring_kernel(const Rows rows, const Rows ref, const Rows gradients,
                     const ActiveRows active_rows, const Ring ring, const Scale scale, const Op op) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

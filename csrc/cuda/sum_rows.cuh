@@ -7,7 +7,7 @@ namespace klq::cuda {
 
 template <bool REF, bool MOMENTS>
 struct SumRows {
-  static constexpr bool kGrad = false, kRef = REF, kMoments = MOMENTS, kHeavy = REF;
+  static constexpr bool kGrad = false, kRef = REF, kMoments = MOMENTS, kHeavy = REF || MOMENTS;
   RowOutputs to;
   int64_t count;
 
