@@ -184,10 +184,30 @@ def row_bound(baseline: Tensor, truth: Tensor, scale: float, dtype: torch.dtype)
     return 2 * error(baseline, truth) + margin(dtype) * scale
 
 
-def gradient_bound(name: str, baseline: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+def residual_error(inputs: dict, dtype: torch.dtype) -> Tensor:
+    """By how much, relative to itself, the residual tau (log pi - log pi_ref) + V - G of a loss may
+    be off where its log-prob is off by what `row_bound` allows: much, where it cancels."""
+    keys = ("actions", "mask", "temperature", "logit_softcap")
+    how = {k: inputs[k] for k in keys if inputs.get(k) is not None} | {"backend": "reference"}
+    truth = klq_kernels.token_logprobs(inputs["logits"].double(), **how)
+    plain = klq_kernels.token_logprobs(inputs["logits"], **how)
+    off = inputs["tau"] * row_bound(plain, truth, largest(truth), dtype)
+    residual = inputs["tau"] * (truth - inputs["ref_logprobs"].double())
+    residual = (residual + inputs["values"].double() - inputs["returns"].double()).abs()
+    return torch.where(residual > 0, off / residual, 0.0).nan_to_num(0.0)
+
+
+def gradient_bound(
+    name: str,
+    baseline: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    residual_off: Tensor | None = None,
+) -> Tensor:
     """Twice the error of PyTorch's gradient in the same dtype, and the margin times the largest
     entry; both per token for [..., V] and [..., D], over everything else as a whole (a row of dW
-    belongs to one vocabulary entry of every token). Counts entries PyTorch has finite.
+    belongs to one vocabulary entry of every token). Counts entries PyTorch has finite. A loss's
+    rows are multiples of their residuals, so `residual_error` counts as well.
 
     In float64 the truth's own onehot - softmax cancels: the margin counts from 1 there.
     """
@@ -198,7 +218,10 @@ def gradient_bound(name: str, baseline: Tensor, truth: Tensor, dtype: torch.dtyp
     off = torch.where(counts, (baseline.double() - truth).abs(), 0.0).amax(dim, keepdim=True)
     scale = torch.where(counts, truth.abs(), 0.0).amax(dim, keepdim=True)
     scale = scale.clamp(min=1.0) if dtype == torch.float64 else scale
-    return 2 * off + margin(dtype) * scale
+    bound = 2 * off + margin(dtype) * scale
+    if name == "logits" and residual_off is not None:
+        bound = bound + residual_off.unsqueeze(-1) * scale
+    return bound
 
 
 def scan_bounds(

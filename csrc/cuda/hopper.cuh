@@ -86,8 +86,8 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
         : "memory");
   }
 }
-// Also in order with a bulk copy that is asked for later.
-__device__ __forceinline__ void store_shared(uint32_t to, uint4 x) {
+// In order with bulk copies that are asked for later.
+__device__ __forceinline__ void store_before_copies(uint32_t to, uint4 x) {
   asm volatile(
       "st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n"
       "fence.proxy.async.shared::cta;" ::"r"(to),

@@ -56,7 +56,7 @@ struct KLQLoss {
   }
 };
 
-constexpr int kSumThreads = 1024;
+constexpr int kSumThreads = 512, kSumWarps = kSumThreads / 32;
 
 // loss and stats from the rows' residuals, in a fixed order and in double: the same bits every run
 __global__ void __launch_bounds__(kSumThreads)
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSumThreads)
     sums[0] += use ? weight * square : 0.0, sums[1] += square;
     sums[2] += a.logprobs[r], sums[3] += use ? double(a.values[r]) : 0.0;
   }
-  __shared__ double partial[4][32];
+  __shared__ double partial[4][kSumWarps];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     for (int o = 16; o; o /= 2) sums[k] += __shfl_xor_sync(~0u, sums[k], o);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t n = active ? *active : count;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    double x = partial[k][threadIdx.x];
+    double x = threadIdx.x < kSumWarps ? partial[k][threadIdx.x] : 0.0;
     for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
     if (threadIdx.x != 0) continue;
     if (k == 0)

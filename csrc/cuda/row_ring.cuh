@@ -119,15 +119,18 @@ __global__ void __launch_bounds__(Shape::kThreads, blocks_asked(Shape::kBlocks))
             for (int k = 0; k < kRows; ++k) {
               const char* row = k ? info.ref : info.row;
               const int shift = shift_of(row);
-              const int reach = bytes ? shift + bytes : 0;
-              // whole 16 bytes, up to 15 more on either side, but never past the end of the row
-              const bool cut = first_column(c) + columns(c) == width && reach % 16;
-              const int aligned = (reach + (cut ? 0 : 15)) / 16 * 16;
+              // whole 16 bytes, up to 15 more on either side, but never past the end of the row:
+              // what does not fill the last 16 is put there by hand
+              const int whole = (shift + bytes + 15) / 16 * 16;
+              const int64_t left = int64_t(width - first_column(c)) * int64_t(sizeof(T)) + shift;
+              const bool cut = bytes && whole > left;
+              const int aligned = !bytes ? 0 : cut ? int(left) / 16 * 16 : whole;
               const uint32_t bar = shared_address(&full[stage]);
               const uint32_t to = shared_address(stages + stage * kPitch + lead_of(row));
               barrier_wait(shared_address(&empty[stage]), (phase & 1) ^ 1);
               if (c == 0 && k == 0) infos[slot] = info;  // who read the slot before is past it
-              if (cut) store_shared(to + aligned, row_end(reinterpret_cast<const T*>(row) + width));
+              if (cut)
+                store_before_copies(to + aligned, row_end(reinterpret_cast<const T*>(row) + width));
               barrier_expect(bar, aligned);
               if (aligned)
                 bulk_load(to, row - shift + int64_t(first_column(c)) * int64_t(sizeof(T)), aligned,

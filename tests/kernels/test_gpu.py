@@ -59,6 +59,7 @@ def test_bits_under_load(backend, call):
 SOAK = [
     Call("klq_targets", BF16, "packed", leading=(300,), vocabulary=300, lengths=(1, 90, 0, 200)),
     Call("klq_targets", BF16, leading=(20, 30), vocabulary=9000),
+    Call("klq_targets", BF16, leading=(90, 80), vocabulary=8200),
     Call("lambda_returns", F32, "packed", leading=(9000,), lengths=(1, 0, 5000, 3990)),
     Call("klq_loss", BF16, inplace=True, leading=(20, 20), vocabulary=9000),
 ]

@@ -141,7 +141,7 @@ def check_slices(spec, inputs: dict, backend: str, dtype, size: int) -> None:
             spec, part, per_token, {k: truth.outputs[k] for k in per_token}, baseline.outputs, dtype
         )
         check_gradients(
-            {k: x[at] for k, x in got.grads.items()}, truth.grads, baseline.grads, dtype
+            {k: x[at] for k, x in got.grads.items()}, truth.grads, baseline.grads, dtype, part
         )
         for name, x in got.outputs.items():
             if not x.dim():
@@ -152,12 +152,16 @@ def check_slices(spec, inputs: dict, backend: str, dtype, size: int) -> None:
         assert off <= 2 * (plain - want).abs() + 2.0**-18 * want.abs(), f"{name}: off by {off}"
 
 
-# [sequences, tokens], V: rings of 1, 4 and 8 blocks a row, a warp a row, a block a row
+# [sequences, tokens], V: rings of 1, 4 and 8 blocks a row, a warp a row, a block a row; the first has
+# more than 16 rows a block, when a ring's slots are used again, also where three blocks share an SM
 MANY = [
+    ((90, 80), 8200, BF16),
     ((40, 100), 40000, BF16),
     ((20, 30), 262144, BF16),
     ((20, 16), 262144, F32),
     ((700, 101), 300, BF16),
+    ((50, 80), 3000, F32),
+    ((50, 80), 5000, BF16),
     ((50, 80), 5000, F32),
 ]
 
@@ -166,8 +170,8 @@ MANY = [
 @pytest.mark.parametrize("percent", [0, 1, 13, 100])
 @pytest.mark.parametrize(("leading", "vocabulary", "dtype"), MANY)
 def test_more_rows_than_fit_at_once(backend, leading, vocabulary, dtype, percent):
-    """6-case 52: rings wrap many times whatever the mask leaves, and 70 700 rows are more than a
-    grid's second dimension."""
+    """6-case 52: rings and persistent loops go round, and 70 700 rows are more than a grid's second
+    dimension."""
     for op in ("token_logprobs", "token_stats", "klq_loss", "klq_targets"):
         spec = SPECS[op]
         inputs = spec.inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary)
@@ -181,10 +185,10 @@ def test_more_rows_than_fit_at_once(backend, leading, vocabulary, dtype, percent
 def test_a_slice_has_the_bits_of_the_whole(backend, op):
     """6-cases 21, 66: a row's place in a ring that wraps shows in no bit."""
     spec = SPECS[op]
-    inputs = spec.inputs(DEVICE, BF16, leading=(40, 100), vocabulary=9000)
+    inputs = spec.inputs(DEVICE, BF16, leading=(80, 100), vocabulary=9000)
     whole = run(spec, inputs, backend)
     scanned = ("q", "advantages", "returns")
-    for at in (slice(0, 1), slice(17, 19), slice(39, 40)):
+    for at in (slice(0, 1), slice(17, 19), slice(79, 80)):
         part = run(spec, pick(inputs, at), backend)
         for name, x in part.outputs.items():
             if x.dim() and name not in scanned:

@@ -38,8 +38,14 @@ ROWS = [
     ),
     Call("klq_loss", F32, "capped_low", leading=(1, 4), vocabulary=170001),
     *(Call("klq_loss", F16, inplace=True, vocabulary=v) for v in (301, 3500)),
-    # the slots of a ring are used again: 28 rows a block and more
+    # the slots of a ring are used again: more than 16 rows a block, also where three share an SM
     Call("klq_loss", BF16, leading=(50, 80), vocabulary=8200),
+    Call("token_logprobs", BF16, leading=(90, 80), vocabulary=8200),
+    Call("token_stats", BF16, "unmasked", leading=(90, 80), vocabulary=8200),
+    Call("klq_targets", BF16, leading=(90, 80), vocabulary=8200),
+    # a last chunk of fewer than 16 bytes
+    *(Call(op, BF16, vocabulary=8193) for op in ROW_OPS),
+    *(Call(op, F32, "unmasked", vocabulary=4097) for op in ROW_OPS),
     # packed: rows past the last end are inactive
     *(
         Call("klq_targets", BF16, "packed", leading=(17,), vocabulary=v, lengths=GAPS)
@@ -111,7 +117,7 @@ def test_every_kernel(call):
     rows = 1
     for size in call.leading:
         rows *= size
-    long = SPECS[call.op].kind == "rows" and rows > 500
+    long = SPECS[call.op].kind != "scan" and rows > 500
     held(call, call.inputs(device="cpu"), 10 if long else 1)
 
 
