@@ -52,6 +52,7 @@ if sanitize := os.environ.get("KLQ_SANITIZE"):
     cxx += [f"-fsanitize={sanitize}", "-g1", "-fno-omit-frame-pointer"]
     link = [f"-fsanitize={sanitize}"]
 
+racecheck = ["-DKLQ_RACECHECK"] if os.environ.get("KLQ_RACECHECK") else []
 sources = files("*.cpp", "cpu/*.cpp") + (files("cuda/*.cpp", "cuda/*.cu") if cuda else [])
 extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
     "klq_kernels._C",
@@ -59,9 +60,8 @@ extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
     depends=files("**/*.h", "**/*.cuh", "**/*.cpp", "**/*.cu"),
     extra_compile_args={
-        "cxx": cxx + (["-DUSE_CUDA"] if cuda else []),
-        "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=2"]
-        + (["-DKLQ_RACECHECK"] if os.environ.get("KLQ_RACECHECK") else []),
+        "cxx": cxx + (["-DUSE_CUDA"] if cuda else []) + racecheck,
+        "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=2", *racecheck],
     },
     extra_link_args=link,
 )

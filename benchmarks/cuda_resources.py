@@ -76,9 +76,9 @@ def family(source: str, demangled: str) -> Family:
     kept, dynamic = [], 0
     for argument in arguments(inside[1:]):
         if ring := RING.fullmatch(argument):
-            summers, closers, unroll, stages, blocks = map(int, ring.groups())
+            summers, writers, unroll, stages, blocks = map(int, ring.groups())
             dynamic = stages * (summers * unroll + 8) * 16  # RingShape::kBytes
-            kept.append(f"{summers}+{closers}+32 threads, {stages} stages, {blocks} an SM")
+            kept.append(f"{summers + writers + 64} threads, {stages} stages, {blocks} an SM")
         elif argument and not FOLDED.match(argument):
             kept.append(f"`{argument}`")
     return Family(source, name, ", ".join(kept), dynamic)

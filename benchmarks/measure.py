@@ -144,9 +144,8 @@ class CudaTimer:
         elif kind.startswith("graph"):
             run()  # warms what is hot, and hides the launch of the next
         else:
-            for _ in range(
-                5
-            ):  # the host's caches: a call after other work took three times as long
+            # the host's caches: a call after other work took three times as long
+            for _ in range(5):
                 run()
             torch.cuda.synchronize()
         self.start.record()
@@ -229,8 +228,10 @@ class _Recorded:
 
 
 def judge(rows: list[Row], bars: list[tuple[Bar, ...]]) -> None:
-    """Hold each row against its bars; a bar against a side without a number says nothing."""
+    """Hold each row against its bars. Against a side that has no number nothing is judged, which is
+    said unless the group has no such side."""
     medians = {(r.side, r.kind): r.median for r in rows if r.samples}
+    without = {r.side: r.status for r in rows if not r.samples}
     for row, wanted in zip(rows, bars, strict=True):
         if not row.samples:
             continue
@@ -239,6 +240,8 @@ def judge(rows: list[Row], bars: list[tuple[Bar, ...]]) -> None:
             if unit:
                 x = row.median / unit
                 row.bars.append({"limit": limit, "of": of, "is": x, "met": x <= limit})
+            elif of in without:
+                row.bars.append({"limit": limit, "of": of, "met": None, "why": without[of]})
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -250,11 +253,14 @@ def _cells(cells) -> str:
 
 def _verdict(row: Row) -> str:
     unit = {"us": "µs"}
-    return "; ".join(
-        f"{'met' if b['met'] else '**missed**'}: {b['is']:.3g} ≤ {b['limit']:.3g} "
-        + unit.get(b["of"], f"× {b['of']}")
-        for b in row.bars
-    )
+
+    def said(b: dict) -> str:
+        if b["met"] is None:
+            return f"not judged: {b['of']} {b['why']}"
+        verdict = "met" if b["met"] else "**missed**"
+        return f"{verdict}: {b['is']:.3g} ≤ {b['limit']:.3g} " + unit.get(b["of"], f"× {b['of']}")
+
+    return "; ".join(map(said, row.bars))
 
 
 def is_ours(side: str) -> bool:

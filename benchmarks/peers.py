@@ -92,6 +92,16 @@ def quack_forward():
     return lambda logits, actions: forward(logits, actions)
 
 
+def quack_public():
+    (function,) = get("quack.cross_entropy", "cross_entropy")
+
+    def run(logits, actions):
+        with torch.no_grad():
+            return function(logits, actions, reduction="none")
+
+    return run
+
+
 def trl_logprobs():
     # what trl.trainer.utils.selective_log_softmax calls on a GPU; also computes the entropy
     (run,) = get("trl.kernels", "selective_log_softmax_and_entropy")
@@ -203,6 +213,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("F.cross_entropy", torch_cross_entropy, sign=-1),
         Peer("torch.compile", lambda: compiled(lean_logprobs), compiles=True),
         Peer("quack", quack_forward, "quack-kernels", sign=-1),
+        Peer("quack, public function", quack_public, "quack-kernels", sign=-1),
         Peer("trl", trl_logprobs, "trl"),
         Peer("verl", verl_logprobs, "verl"),
         Peer("flash-attn", flash_logprobs, "flash-attn", sign=-1),

@@ -102,7 +102,7 @@ def theirs(op: str, args: tuple, check: Callable, floor: int, compiles: bool, **
 def token_logprobs(tokens, vocabulary, *, device="cuda", compiles=True) -> Group:
     r = Rows(tokens, vocabulary, torch.bfloat16, device)
     floor = size(r.logits) + tokens * 12
-    bars = (1.10, "floor"), (1.0, "quack")
+    bars = (1.10, "floor"), (1.0, "quack"), (1.0, "torch.compile")
 
     def check(got):
         formula = lambda x, a: (logprobs_of(x, a),)  # noqa: E731
@@ -210,6 +210,7 @@ def klq_loss(tokens, vocabulary, *, dtype=torch.bfloat16, device="cuda", compile
         (made.operator, "{}, forward alone", ", forward alone"),
     ):
         bars = (1.12, "floor"), (1 / 1.7, f"liger{suffix}"), (1.0, "quack, forward alone")
+        bars += () if suffix else ((1.0, "torch.compile"),)
         sides += ours("klq_loss", device, call, made.check, floor, name=name, bars=bars, **again)
     args = r.logits, r.actions, made.values, made.ref, made.returns, TAU
     sides += theirs("klq_loss", args, lambda p, y: made.check(y, p.sign), floor, compiles, **again)

@@ -19,6 +19,11 @@ PYBIND11_MODULE(_C, m) {
 #endif
     info["archs"] = KLQ_CUDA_ARCHS;
     info["cpu_isa"] = klq::isa_name();
+#ifdef KLQ_RACECHECK
+    info["racecheck"] = true;
+#else
+    info["racecheck"] = false;
+#endif
     return info;
   });
 }

@@ -45,5 +45,6 @@ BUILD_INFO: dict = dict(_C.build_info())
 
 
 def build_info() -> dict:
-    """What the compiled module was built with: torch, compiler, CUDA, architectures, CPU ISA."""
+    """What the compiled module was built with: torch, compiler, CUDA, architectures, CPU ISA, and
+    whether for racecheck (KLQ_RACECHECK)."""
     return dict(BUILD_INFO)

@@ -88,7 +88,7 @@ def test_floors_medians_and_bars():
     # two rounds, the first side rotating: mine 2, peer 4; peer 4, mine 2; each run is two calls
     assert mine.samples == [1e-3, 1e-3] and peer.samples == [4e-3, 4e-3]
     assert mine.floor == pytest.approx(1e-3)
-    assert [b["met"] for b in mine.bars] == [True, True, False]
+    assert [b["met"] for b in mine.bars] == [True, True, False]  # nobody is no side here
     assert [round(b["is"], 3) for b in mine.bars] == [1.0, 0.25, 1000.0]
     found = mine.as_dict()
     assert found["x_floor"] == pytest.approx(1.0) and found["n"] == 2
@@ -97,6 +97,14 @@ def test_floors_medians_and_bars():
     assert "| op | 3 | cuda | 1.000 | 1.000 | 1.00 | 1.00 |" in text
     assert "**missed**: 1e+03 ≤ 900 µs" in text and "met: 0.25 ≤ 0.5 × peer" in text
     assert len({line.count("|") for line in text.strip().split("\n")}) == 1
+
+
+def test_a_bar_against_a_side_without_a_number_is_not_judged():
+    mine, peer = measure.Row("op", "3", "cuda", "queued"), measure.Row("op", "3", "peer", "queued")
+    mine.samples, mine.floor, peer.status, peer.reason = [1.0], 1.0, "wrong", "NaN"
+    measure.judge([mine, peer], [(Bar(1.0, "peer"),), ()])
+    assert mine.bars == [{"limit": 1.0, "of": "peer", "met": None, "why": "wrong"}]
+    assert "not judged: peer wrong" in measure.table([mine, peer])
 
 
 def test_a_slow_side_stops_after_three_samples():

@@ -112,7 +112,7 @@ def test_setup_stays_small():
 
 def test_build_info_says_what_was_built():
     info = klq_kernels.build_info()
-    assert set(info) == {"torch", "compiler", "cuda", "archs", "cpu_isa"}
+    assert set(info) == {"torch", "compiler", "cuda", "archs", "cpu_isa", "racecheck"}
     assert info["cpu_isa"] in ("avx512", "avx2", "baseline")
 
 

@@ -152,8 +152,8 @@ def check_slices(spec, inputs: dict, backend: str, dtype, size: int) -> None:
         assert off <= 2 * (plain - want).abs() + 2.0**-18 * want.abs(), f"{name}: off by {off}"
 
 
-# [sequences, tokens], V: rings of 1, 4 and 8 blocks a row, a warp a row, a block a row; the first has
-# more than 16 rows a block, when a ring's slots are used again, also where three blocks share an SM
+# [sequences, tokens], V: rings of 1, 4 and 8 blocks a row, a warp a row, a block a row; the first
+# has more than 16 rows a block, so that a ring's slots are used again, also with three blocks an SM
 MANY = [
     ((90, 80), 8200, BF16),
     ((40, 100), 40000, BF16),
