@@ -311,5 +311,5 @@ WORKLOADS = (
     Workload("lambda_returns", partial(packed_scan, "lambda_returns"), ((131072, 4096),)),
     Workload("gae", partial(scan, "gae"), SCANS),
     Workload("gae", partial(packed_scan, "gae"), ((131072, 4096),)),
-    Workload("klq_targets", klq_targets, ((64, 1024, 50304), (8, 2048, 128256))),
+    Workload("klq_targets", klq_targets, ((64, 1024, 50304), (8, 2048, 128256), (1, 32768, 50304))),
 )
