@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from klq.config import TAU_NAMES, KLQConfig, field_type, merged
-from klq.presets import PRESETS, Preset, load_preset, preset_options
+from klq.presets import PRESETS, Preset, check_names, load_preset, preset_options
 
 OWN = ("model", "dataset", "reward")
 
@@ -162,6 +162,8 @@ def _build(name: str | None, settings: dict[str, Any], resume: bool) -> tuple[Pr
     from klq.checkpoint import check_output_dir
 
     transformers.utils.logging.disable_progress_bar()  # it would write over ours at every save
+    if name is not None:
+        check_names(name, settings)
     out = settings.get("output_dir", KLQConfig.output_dir if name is None else f"runs/{name}")
     check_output_dir(out, resume=resume, overwrite=settings.get("overwrite", False))
     preset = load_preset(name, **settings) if name else _own_experiment(settings)

@@ -49,7 +49,10 @@ class Prompts:
         if not isinstance(dataset[0], dict) or not {"prompt", "prompt_ids"} & set(dataset[0]):
             raise ValueError("the dataset needs a column `prompt` (or `prompt_ids`)")
         if room is not None and room < 1:
-            raise ValueError("max_completion_length leaves no room for a prompt in the model")
+            raise ValueError(
+                "max_completion_length leaves no room for a prompt in the model's context: lower "
+                f"it by at least {1 - room}"
+            )
         if keep is not None and room is not None and keep > room:
             raise ValueError(
                 f"max_prompt_length must be at most {room}: the model's context less the response"

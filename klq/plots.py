@@ -34,7 +34,8 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         path = run / METRICS
         rows = read_jsonl(path) if path.is_file() else []
         if not rows:
-            raise ValueError(f"{run} holds no metrics: give the output_dir of a run")
+            what = "holds no metrics" if run.is_dir() else "is no folder"
+            raise ValueError(f"{run} {what}: give the output_dir of a run")
         config = run / CONFIG
         name = json.loads(config.read_text()).get("run_name") if config.is_file() else None
         name = name or run.name

@@ -116,7 +116,7 @@ def resolve(
             ):
                 _chosen[key] = candidate
                 return candidate
-    _known(requested, op)
+    _known(requested, op if backend or _override else f"{op}: KLQ_BACKEND")
     if requested == "reference":
         return requested
     if (reason := _missing(requested)) is not None:

@@ -13,7 +13,7 @@ options, and become flags of the command line. Adding a preset is adding a file 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,16 @@ def preset_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def check_names(name: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """The preset's own options; ValueError where neither it nor `KLQConfig` knows an override."""
+    options = preset_options(name)
+    unknown = sorted(set(overrides) - set(options) - config_names())
+    if unknown:
+        own = f"; its own options are {', '.join(options)}" if options else ""
+        raise ValueError(f"preset {name!r} has no setting {', '.join(unknown)}{own}")
+    return options
+
+
 def load_preset(name: str, **overrides: Any) -> Preset:
     """Build the preset `name`.
 
@@ -63,11 +73,7 @@ def load_preset(name: str, **overrides: Any) -> Preset:
         e.g. `load_preset("docsum", size="cpu", tau=0.1)`. `output_dir` defaults to runs/<name>.
     Raises ValueError for an unknown preset, an unknown override or an impossible value.
     """
-    options = preset_options(name)
-    unknown = sorted(set(overrides) - set(options) - config_names())
-    if unknown:
-        own = f"; its own options are {', '.join(options)}" if options else ""
-        raise ValueError(f"preset {name!r} has no setting {', '.join(unknown)}{own}")
+    options = check_names(name, overrides)
     own = {key: value for key, value in overrides.items() if key in options}
     config = {key: value for key, value in overrides.items() if key not in options}
     config.setdefault("output_dir", f"runs/{name}")

@@ -110,7 +110,7 @@ def test_reward_that_raises_is_one_line_and_code_1(capsys, own):
     assert code == 2 and "is not module:function" in line
 
 
-def test_yaml_file_holds_the_same_names(capsys, tmp_path):
+def test_yaml_file_holds_the_same_names(capsys, tmp_path, monkeypatch):
     file, out = tmp_path / "c.yaml", tmp_path / "run"
     file.write_text(
         f"preset: exact\noutput_dir: {out}\nlearning_rate: 1e-4\nbeta: 0.2\nlam: 0.5\n"
@@ -120,6 +120,7 @@ def test_yaml_file_holds_the_same_names(capsys, tmp_path):
     config = json.loads((out / CONFIG).read_text())
     assert (config["learning_rate"], config["tau"], config["lam"]) == (1e-4, 0.2, 0.5)
     assert config["num_updates"] == 2 and len(read_jsonl(out / "metrics.jsonl")) == 2
+    monkeypatch.chdir(tmp_path)  # where no demo has left runs/exact
     for text, message in [
         ("preset: exact\nlamda: 1\n", "'exact' has no setting lamda"),
         ("- a\n", "must hold settings"),
