@@ -42,6 +42,14 @@ struct Ring {
   bool keep;    // the row is written back where it was read
 };
 
+// Where a row's units lie: bytes into their 16, and those 16 in their line.
+__device__ __forceinline__ int shift_of(const char* row) {
+  return int(reinterpret_cast<uintptr_t>(row) & 15);
+}
+__device__ __forceinline__ int lead_of(const char* row) {
+  return int(reinterpret_cast<uintptr_t>(row) >> 4 & 7);
+}
+
 // The elements before `end` that do not fill 16 bytes, from where these begin.
 template <class T>
 __device__ __forceinline__ uint4 row_end(const T* end) {

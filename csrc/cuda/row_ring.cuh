@@ -82,9 +82,6 @@ __global__ void __launch_bounds__(Shape::kThreads, blocks_asked(Shape::kBlocks))
     const int units = max(0, min(Shape::kStage, mine - c * Shape::kStage));
     return min(units * kWidth, max(0, width - first_column(c)));
   };
-  // where a row's units lie: bytes into their 16, and those 16 in their line
-  auto shift_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) & 15); };
-  auto lead_of = [](const char* row) { return int(reinterpret_cast<uintptr_t>(row) >> 4 & 7); };
 
   if (warp == kSummers + kWriters + 1) {
     // --- producer: lane j looks up and loads every 32nd row

@@ -160,8 +160,9 @@ struct RowSum {
 
 // An op is what is done with a row's sums:
 //   action(r), load(r)   what it needs to know of row r before
-//   finish(info, sums, row, scale, who)   the first warp of those that share the row counts itself
-//       by `who` from 0; returns the coefficient of the gradient
+//   finish(info, sums, row, scale, who)   by whole warps, the first of which counts `who` from 0;
+//       writes where that is 0, which in a ring without a gradient several lanes are, each for a
+//       row of its own; returns the coefficient of the gradient
 //   inactive(r)          for rows that are not read, by a warp at a time; -1 where a lane has none
 // What is known of a row before it is read:
 template <class Op>
