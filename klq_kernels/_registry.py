@@ -55,6 +55,8 @@ class OpSpec:
         args = {k: v for k, v in made.items() if k in self.takes and k not in optional}
         allowed = set(inspect.signature(self.function).parameters)
         scalars = {k: v for k, v in {**self.scalars, **case.scalars}.items() if k in allowed}
+        if self.kind == "rows" and "returns" in args:
+            away_from_q(args, scalars)
         return {
             **args,
             **{k: v for k, v in scalars.items() if not (k == "lam" and "trace" in args)},
@@ -75,6 +77,20 @@ class OpSpec:
         read_again = 0 if self.one_backward or self.name == "klq_loss" else grads
         back = (grads + read_again, backward * units) if grads else (0, 0)
         return Cost(read + written, forward * units, *back)
+
+
+def away_from_q(args: dict, scalars: dict) -> None:
+    """Moves returns that are near Q away from it, where they lie: rule 7 is for coefficients of
+    order one, and a residual that cancels has more error than any bound on its row."""
+    keys = ("actions", "mask", "temperature", "logit_softcap")
+    how = {k: v for k, v in {**args, **scalars}.items() if k in keys}
+    logprobs = klq_kernels.token_logprobs(args["logits"].double(), **how, backend="reference")
+    q = scalars["tau"] * (logprobs - args["ref_logprobs"].double()) + args["values"].double()
+    residual = q - args["returns"].double()
+    sign = torch.where(residual < 0, -1.0, 1.0)
+    far = q - sign * (residual.abs() + 2.0 * max(1.0, scalars["tau"]))
+    near = residual.abs() < 2.0 * max(1.0, scalars["tau"])
+    args["returns"].copy_(torch.where(near, far, args["returns"].double()))
 
 
 def _bytes(x: Tensor) -> int:
@@ -184,30 +200,10 @@ def row_bound(baseline: Tensor, truth: Tensor, scale: float, dtype: torch.dtype)
     return 2 * error(baseline, truth) + margin(dtype) * scale
 
 
-def residual_error(inputs: dict, dtype: torch.dtype) -> Tensor:
-    """By how much, relative to itself, the residual tau (log pi - log pi_ref) + V - G of a loss may
-    be off where its log-prob is off by what `row_bound` allows: much, where it cancels."""
-    keys = ("actions", "mask", "temperature", "logit_softcap")
-    how = {k: inputs[k] for k in keys if inputs.get(k) is not None} | {"backend": "reference"}
-    truth = klq_kernels.token_logprobs(inputs["logits"].double(), **how)
-    plain = klq_kernels.token_logprobs(inputs["logits"], **how)
-    off = inputs["tau"] * row_bound(plain, truth, largest(truth), dtype)
-    residual = inputs["tau"] * (truth - inputs["ref_logprobs"].double())
-    residual = (residual + inputs["values"].double() - inputs["returns"].double()).abs()
-    return torch.where(residual > 0, off / residual, 0.0).nan_to_num(0.0)
-
-
-def gradient_bound(
-    name: str,
-    baseline: Tensor,
-    truth: Tensor,
-    dtype: torch.dtype,
-    residual_off: Tensor | None = None,
-) -> Tensor:
+def gradient_bound(name: str, baseline: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
     """Twice the error of PyTorch's gradient in the same dtype, and the margin times the largest
     entry; both per token for [..., V] and [..., D], over everything else as a whole (a row of dW
-    belongs to one vocabulary entry of every token). Counts entries PyTorch has finite. A loss's
-    rows are multiples of their residuals, so `residual_error` counts as well.
+    belongs to one vocabulary entry of every token). Counts entries PyTorch has finite.
 
     In float64 the truth's own onehot - softmax cancels: the margin counts from 1 there.
     """
@@ -218,10 +214,7 @@ def gradient_bound(
     off = torch.where(counts, (baseline.double() - truth).abs(), 0.0).amax(dim, keepdim=True)
     scale = torch.where(counts, truth.abs(), 0.0).amax(dim, keepdim=True)
     scale = scale.clamp(min=1.0) if dtype == torch.float64 else scale
-    bound = 2 * off + margin(dtype) * scale
-    if name == "logits" and residual_off is not None:
-        bound = bound + residual_off.unsqueeze(-1) * scale
-    return bound
+    return 2 * off + margin(dtype) * scale
 
 
 def scan_bounds(

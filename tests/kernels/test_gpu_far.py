@@ -61,6 +61,8 @@ def test_case_22_and_51_logits_past_2_31_elements(backend, op):
         inputs["actions"] = torch.randint(WIDTH, (ROWS,), device=DEVICE)
     if "mask" in inputs:
         inputs["mask"][[0, BORDER, ROWS - 1]] = True
+    if "returns" in inputs:  # made for other logits: far from what Q is now
+        inputs["returns"] += 20.0
     around = range(BORDER - 3, BORDER + 4)
     rows = torch.tensor([0, 1, 2, *around, *range(ROWS - 6, ROWS)], device=DEVICE)
     near = clone(pick(inputs, rows))
@@ -77,7 +79,7 @@ def test_case_22_and_51_logits_past_2_31_elements(backend, op):
     truth = run(spec, doubled(near), "reference", given)
     plain = run(spec, near, "reference", given)
     check_outputs(spec, near, made, {k: truth.outputs[k] for k in made}, plain.outputs, BF16)
-    check_gradients(grads, truth.grads, plain.grads, BF16, near)
+    check_gradients(grads, truth.grads, plain.grads, BF16)
     if op == "klq_loss":
         after = block[-1].clone()
         loss_in_place(inputs["logits"], inputs, backend)

@@ -141,7 +141,7 @@ def check_slices(spec, inputs: dict, backend: str, dtype, size: int) -> None:
             spec, part, per_token, {k: truth.outputs[k] for k in per_token}, baseline.outputs, dtype
         )
         check_gradients(
-            {k: x[at] for k, x in got.grads.items()}, truth.grads, baseline.grads, dtype, part
+            {k: x[at] for k, x in got.grads.items()}, truth.grads, baseline.grads, dtype
         )
         for name, x in got.outputs.items():
             if not x.dim():
