@@ -193,7 +193,8 @@ def cpu(path: Path) -> str:
     out = [
         f"{about['cpu']}, {about['threads']} threads, torch {about['torch'].partition('+')[0]}, "
         f"{about['date'][:10]}, commit {about['commit'][:7]}; minima, naive being the faster "
-        f"of the shortest eager PyTorch and our reference ([every op]({here}.md)):\n",
+        f"of the shortest eager PyTorch and our reference, memory kept between calls (glibc's "
+        f"default slows naive code further; [every op]({here}.md)):\n",
         line(("", "naive ms", "klq C++ ms", "")),
         line(["---"] * 4),
     ]
