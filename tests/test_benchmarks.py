@@ -251,3 +251,28 @@ def test_the_heading_of_a_run_cut_short():
     text = gpu.heading(about, top)
     assert "driver 580" in text and "4.26 TB/s (4.26 at its end" in text
     assert "liger-kernel 1.\n" in text
+
+
+def test_the_update_phase():
+    """Both objectives of the loop's update are one number, and the report has both."""
+    phase = pytest.importorskip("benchmarks.update_phase")
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+    }
+    trainer, batch = phase.trainer_of(shape, 4, 6, 5, 2, "cpu")
+    calls = phase.recorded(trainer, batch)
+    hidden, weight, bias, values, how = calls[0]
+    (mine, _), (eager, _) = (
+        f(hidden, weight, bias, values, **how) for f in phase.OBJECTIVES.values()
+    )
+    assert mine.item() == pytest.approx(eager.item(), rel=2e-2)
+    found = phase.measure(trainer, batch, 1)
+    assert found["passes"] == 2 and found["rows_a_pass"] == 10
+    assert found["logits_bytes"] == 10 * 50 * 2
+    text = phase.report(found)
+    assert "| klq |" in text and "| eager |" in text
