@@ -29,7 +29,7 @@ MIB, GIB = 1 << 20, 1 << 30
 ROWS = 64
 SLACK = 2.0**-4  # of a row's largest entry, and nats of a log-prob; eager is at 0.01 to 0.03
 SKIPPED = 0.25  # the same for a peer that leaves gradients out
-MOST = 0.6  # seconds of samples of a side: a dozen of the slow ones
+MOST = 0.5  # seconds of samples of a side: ten of the slow ones
 # by width: times the three GEMMs with 512 MiB of logits at a time, and with 1 GiB
 LOSS_BARS = {4096: (1.13, 1.08), 2048: (1.10, None)}
 

@@ -146,15 +146,20 @@ def allocations(run, least: int) -> list[int] | None:
     """Sizes of what it allocates, of `least` bytes and more, in order."""
     if not torch.cuda.is_available():
         return None
+
+    def events() -> list[dict]:
+        return torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+
     wait()
     torch.cuda.memory._record_memory_history(enabled="all", context=None)
     try:
+        before = len(events())
         run()
         wait()
-        (trace,) = torch.cuda.memory._snapshot()["device_traces"][:1]
+        made = events()[before:]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-    return [e["size"] for e in trace if e["action"] == "alloc" and e["size"] >= least]
+    return [e["size"] for e in made if e["action"] == "alloc" and e["size"] >= least]
 
 
 def measure(trainer: KLQTrainer, batch: Batch, repeats: int) -> dict[str, dict]:
