@@ -78,7 +78,7 @@ def liger_sm90():
 
 
 def quack(scaled_exp: bool):
-    """Its two ways. The chunked one without autotuning, which takes a minute a shape."""
+    """Its two ways, 4096 rows at a time. The chunked one is not autotuned: a minute a shape."""
     function, supported = get(
         "quack.linear_cross_entropy", "chunked_linear_cross_entropy", "scaled_exp_lce_supported"
     )
