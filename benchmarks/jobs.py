@@ -280,8 +280,9 @@ def floor(job: Job, least: Cost, top: dict[str, float]) -> float:
     """Seconds: traffic over the copy rate; where there are products, their work over the rate of a
     product in the same dtype if that is longer."""
     moved = least.bytes / top["copy"]
-    rate = top[f"matmul {str(job.dtype).removeprefix('torch.')}"]
-    return max(moved, least.flops / rate) if job.spec.kind == "linear" else moved
+    if job.spec.kind != "linear":
+        return moved
+    return max(moved, least.flops / top[f"matmul {str(job.dtype).removeprefix('torch.')}"])
 
 
 def keep_memory(keep: bool) -> None:
