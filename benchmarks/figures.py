@@ -307,7 +307,10 @@ def speed_figure(found: dict) -> Figure:
         shape, dtype = r["shape"].split()
         y = titles.index((r["op"], shape)) + (0.2 if dtype == "bfloat16" else -0.2)
         ax.barh(y, r["x_naive"], color=colors[dtype], height=0.4)
-        text, right = tables.number(r["x_naive"]), max(1.0, r["x_naive"])
+        if "x_naive_paged" in r:
+            ax.plot(r["x_naive_paged"], y, "D", color="white", markeredgecolor="black", ms=4)
+        text = tables.number(r["x_naive"])
+        right = max(1.0, r["x_naive"], 1.08 * r.get("x_naive_paged", 0.0))
         ax.annotate(text, (right, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yticks(range(len(titles)), [f"{op}  {shape}" for op, shape in titles], fontsize=8)
     ax.set_ylim(len(titles) - 0.4, -0.6)
@@ -320,6 +323,8 @@ def speed_figure(found: dict) -> Figure:
     figure.suptitle(machine_line(found), fontsize=10)
     for dtype, color in colors.items():
         ax.barh(0, 0, color=color, label=dtype)
+    paged = "memory given back\nbetween calls (default)"
+    ax.plot([], [], "D", color="white", markeredgecolor="black", ms=4, label=paged)
     ax.legend(loc="lower right")
     return figure
 

@@ -199,7 +199,12 @@ def test_klq_bench_on_the_cpu_ends_with_a_table_and_a_figure(tmp_path):
     made = json.loads(path.read_text())
     assert {"copy", "read", "matmul float32"} <= set(made["ceilings"])
     (mine,) = [r for r in made["rows"] if r["side"] == "cpp"]
-    assert mine["x_naive"] > 0 and mine["spread"] >= 0 and mine["n"] == len(mine["samples"])
+    assert (
+        mine["x_naive"] > 0
+        and mine["x_naive_paged"] > 0
+        and mine["spread"] >= 0
+        and mine["n"] == len(mine["samples"])
+    )
     assert "| place_scores | 64×1024 float32 |" in done.stdout
     assert path.with_name(f"{path.stem}-speed.png").exists()
 
