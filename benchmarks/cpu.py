@@ -113,9 +113,9 @@ def heading(found: dict) -> str:
     return (
         f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {about['date']}, "
         f"commit {about['commit']}. Minima of the rounds, memory kept between calls; paged: given "
-        f"back, glibc's default. Naive is the faster of the shortest eager PyTorch and our "
-        f"reference. Floors: least traffic over the copy rate, work of a "
-        f"head over the rate of a product. Ceilings: {rates}.\n\n"
+        f"back before each, as large blocks are by default. Naive is the faster "
+        f"of the shortest eager PyTorch and our reference. Floors: least traffic over the copy "
+        f"rate, work of a head over the rate of a product. Ceilings: {rates}.\n\n"
     )
 
 

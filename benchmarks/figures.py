@@ -323,7 +323,7 @@ def speed_figure(found: dict) -> Figure:
     figure.suptitle(machine_line(found), fontsize=10)
     for dtype, color in colors.items():
         ax.barh(0, 0, color=color, label=dtype)
-    paged = "memory given back\nbetween calls (default)"
+    paged = "memory paged in anew,\nas by default"
     ax.plot([], [], "D", color="white", markeredgecolor="black", ms=4, label=paged)
     ax.legend(loc="lower right")
     return figure

@@ -4,7 +4,7 @@
 A side that fails the gate has no number. `extra_info` has the least traffic and work, the rate
 that makes, the floor by this machine's ceilings (measured first), memory beyond the inputs, and
 `x_naive`: how many times shorter the minimum is than the faster naive side's. "paged" is the same
-where the allocator gives memory back between calls (`jobs.keep_memory`). On shared machines the
+with memory that the process has to page in (`jobs.paged`). On shared machines the
 minimum of the rounds is what repeats.
 """
 
@@ -55,9 +55,7 @@ def test_op(benchmark, ceilings, job, side):
     least_time = benchmark.stats.stats.min
     times = {"x_naive": least_time}
     if DEVICE == "cpu":
-        jobs.keep_memory(False)
-        times["x_naive_paged"] = benchmark.extra_info["paged"] = jobs.best(run, 3, warm=1)
-        jobs.keep_memory(True)
+        times["x_naive_paged"] = benchmark.extra_info["paged"] = jobs.paged(run)
     for name, x in times.items():
         key = benchmark.group, name
         if side in ("eager", "reference"):
