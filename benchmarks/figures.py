@@ -305,27 +305,27 @@ def speed_figure(found: dict) -> Figure:
     ax = figure.subplots()
     for r in rows:
         shape, dtype = r["shape"].split()
-        y = titles.index((r["op"], shape)) + (0.2 if dtype == "bfloat16" else -0.2)
-        ax.barh(y, r["x_naive"], color=colors[dtype], height=0.4)
-        if "x_naive_paged" in r:
-            ax.plot(r["x_naive_paged"], y, "D", color="white", markeredgecolor="black", ms=4)
-        text = tables.number(r["x_naive"])
-        right = max(1.0, r["x_naive"], 1.08 * r.get("x_naive_paged", 0.0))
+        alone = sum((x["op"], x["shape"].split()[0]) == (r["op"], shape) for x in rows) == 1
+        shift = 0.0 if alone else 0.2 if dtype == "bfloat16" else -0.2
+        y, x, paged = titles.index((r["op"], shape)) + shift, r["x_naive"], r["x_naive_paged"]
+        ax.barh(y, x, color=colors[dtype], height=0.4)
+        ax.plot(paged, y, "D", color="white", markeredgecolor="black", markersize=4)
+        text, right = f"{tables.number(x)}, {tables.number(paged)}", 1.06 * max(1.0, x, paged)
         ax.annotate(text, (right, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yticks(range(len(titles)), [f"{op}  {shape}" for op, shape in titles], fontsize=8)
     ax.set_ylim(len(titles) - 0.4, -0.6)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(plain))
     ax.axvline(1, color="black", linewidth=1)
-    ax.margins(x=0.08)
+    ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("time of the faster naive side ÷ klq C++ (log scale); more is better")
     figure.suptitle(machine_line(found), fontsize=10)
     for dtype, color in colors.items():
-        ax.barh(0, 0, color=color, label=dtype)
-    paged = "memory paged in anew,\nas by default"
-    ax.plot([], [], "D", color="white", markeredgecolor="black", ms=4, label=paged)
-    ax.legend(loc="lower right")
+        ax.barh(0, 0, color=color, label=f"{dtype}, memory kept between calls")
+    paged = "memory paged in anew, as large blocks are by default"
+    ax.plot([], [], "D", color="white", markeredgecolor="black", markersize=4, label=paged)
+    figure.legend(loc="outside lower center", ncols=1, fontsize=9)
     return figure
 
 
