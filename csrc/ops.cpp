@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(klq, m) {
   m.def("token_logprobs(Tensor logits, Tensor actions, Tensor? mask, float temperature, float softcap) -> (Tensor, Tensor)");
   m.def("token_logprobs_backward(Tensor grad, Tensor logits, Tensor actions, Tensor? mask, Tensor row_stats, float temperature, float softcap) -> Tensor");
+  m.def("token_logprobs_backward_(Tensor(a!) logits, Tensor grad, Tensor actions, Tensor? mask, Tensor row_stats, float temperature, float softcap) -> ()");
   m.def("token_log_ratios(Tensor logits, Tensor ref_logits, Tensor actions, Tensor? mask, float temperature, float softcap) -> (Tensor, Tensor)");
   m.def("token_stats(Tensor logits, Tensor actions, Tensor? ref_logits, Tensor? mask, float temperature, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("q_values(Tensor logits, Tensor ref_logits, Tensor values, float tau, float temperature, float softcap) -> Tensor");

@@ -24,6 +24,7 @@ def right_calls() -> tuple[dict[str, list], torch.Tensor, torch.Tensor]:
         {
             "token_logprobs": [z, a, mask, *T],
             "token_logprobs_backward": [x, z, a, mask, stats, *T],
+            "token_logprobs_backward_": [z, x, a, mask, stats, *T],
             "token_log_ratios": [z, ref, a, mask, *T],
             "token_stats": [z, a, ref, mask, *T],
             "q_values": [z, ref, x, 0.3, *T],

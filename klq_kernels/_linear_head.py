@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LM head over chunks of tokens, forward and backward.
+
+A chunk's logits fit in `chunk_bytes` and live in one buffer, which the row kernels read and, where
+a gradient is made, overwrite with it. No tensor of size tokens x vocabulary ever exists. The
+gradient of the weight is summed over the chunks in float32: the error of rounding each chunk's to
+16 bits would grow with their number.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from klq_kernels import _checks as check
+from klq_kernels._linear import Rows
+
+DEFAULT_CHUNK_BYTES = 512 << 20
+HALVES = (torch.float16, torch.bfloat16)
+SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
+TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a @ b or, with `add`, out += a @ b; a float32 `out` of 16-bit operands is never rounded
+    on its way (CUDA)."""
+    if out.dtype == a.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+def chunks(first: int, end: int, bytes_a_row: int, chunk_bytes: int | None) -> Iterator[slice]:
+    """Slices of first:end of at most chunk_bytes, nearly equal and of whole tiles if they may."""
+    rows = end - first
+    fit = max(1, (chunk_bytes or DEFAULT_CHUNK_BYTES) // bytes_a_row)
+    size = -(-rows // max(1, -(-rows // fit)))
+    whole = -(-size // TILE) * TILE
+    size = max(1, whole if whole <= fit else size)
+    for start in range(first, end, size):
+        yield slice(start, min(start + size, end))
+
+
+class Head:
+    """hidden @ weight.T + bias for the tokens of one call that meet the head, chunk by chunk:
+
+    for part in head.parts():
+        logits = head.logits(part)
+        ...                           # a row kernel, which may write the gradient over them
+        head.backward(part, dlogits)
+    dh, dw, db = head.gradients()
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        logits_dtype: torch.dtype | None,
+        chunk_bytes: int | None,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+    ):
+        self.tokens, self.rows = hidden.shape[0], rows
+        self.hidden, self.weight, self.bias = rows.take(hidden), weight, bias
+        self.count = self.hidden.shape[0]
+        self.dtype = logits_dtype or hidden.dtype
+        self.chunk_bytes = chunk_bytes
+        self.need_hidden, self.need_weight, self.need_bias = needs
+        half = hidden.dtype in HALVES
+        # float32 gradients of bfloat16 products are narrowed; of float16 they would flush to zero
+        self.narrowed = half and self.dtype != hidden.dtype and hidden.dtype != torch.float16
+        self.bytes_a_logit = self.dtype.itemsize
+        if self.narrowed and any(needs):
+            self.bytes_a_logit += hidden.dtype.itemsize
+        self.buffer = None
+        self.dhidden = self.dweight = self.dbias = None
+        self.safe: tuple[int, Tensor] | None = None
+
+    def parts(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
+        end = self.count if end is None else end
+        return chunks(first, end, self.weight.shape[0] * self.bytes_a_logit, self.chunk_bytes)
+
+    def rows_of(self, part: slice) -> Tensor:
+        """Hidden rows of a chunk; NaN in inactive ones must meet neither product."""
+        if self.rows.mask is None:
+            return self.hidden[part]
+        if self.safe is None or self.safe[0] != part.start:
+            use = self.rows.mask[part].unsqueeze(-1)
+            self.safe = part.start, torch.where(use, self.hidden[part], 0.0)
+        return self.safe[1]
+
+    def mask(self, part: slice) -> Tensor | None:
+        return None if self.rows.mask is None else self.rows.mask[part]
+
+    def logits(self, part: slice, out: Tensor | None = None) -> Tensor:
+        """Logits of a chunk, in `out` or in the buffer until the next call."""
+        h, w, b = self.rows_of(part), self.weight, self.bias
+        if out is None:
+            if self.buffer is None:  # the first chunk is the longest
+                self.buffer = h.new_empty((h.shape[0], w.shape[0]), dtype=self.dtype)
+            out = self.buffer[: h.shape[0]]
+        if out.dtype != h.dtype and not h.is_cuda:
+            h = h.float()
+            for s in self.slices():
+                torch.mm(h, w[s].float().T, out=out[:, s])
+        elif b is not None and out.dtype == h.dtype:
+            return torch.addmm(b, h, w.T, out=out)
+        else:
+            product(h, w.T, out)
+        return out if b is None else out.add_(b)
+
+    def slices(self) -> Iterator[slice]:
+        """Of the vocabulary, for what needs float32 copies of the operands."""
+        widest = max(self.weight.shape[1], self.hidden.shape[0])
+        step = max(1, SLICE_BYTES // (4 * widest))
+        for start in range(0, self.weight.shape[0], step):
+            yield slice(start, start + step)
+
+    def backward(self, part: slice, dlogits: Tensor) -> None:
+        """Adds a chunk's gradients to those of hidden, weight and bias that are wanted."""
+        h, w, first = self.rows_of(part), self.weight, part.start == 0
+        if self.need_bias:
+            db = dlogits.sum(0, dtype=check.wide(dlogits))
+            self.dbias = db if first else self.dbias.add_(db)
+        if self.narrowed:
+            dlogits = dlogits.to(h.dtype)
+        wide = dlogits.dtype != h.dtype  # a float16 head
+        if self.need_hidden:
+            if first:
+                self.dhidden = dlogits.new_empty(self.hidden.shape)
+            if wide:
+                dh = self.dhidden[part].zero_()
+                for s in self.slices():
+                    dh.addmm_(dlogits[:, s], w[s].float())
+            else:
+                torch.mm(dlogits, w, out=self.dhidden[part])
+        if self.need_weight:
+            half = w.dtype in HALVES
+            if first:
+                # the one chunk's product is rounded once, as if it had been summed in float32
+                alone = half and not wide and h.is_cuda and part.stop == self.count
+                self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
+            if wide or (half and not h.is_cuda):
+                h = h.float()
+                for s in self.slices():
+                    product(dlogits[:, s].T.float(), h, self.dweight[s], not first)
+            else:
+                product(dlogits.T, h, self.dweight, not first)
+
+    def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
+        and bias, or with `keep_wide` in those they were made in."""
+        self.buffer = None
+        out = []
+        needs = self.need_hidden, self.need_weight, self.need_bias
+        like = self.hidden, self.weight, self.bias
+        for name, x, need in zip(("dhidden", "dweight", "dbias"), like, needs, strict=True):
+            grad = getattr(self, name)
+            setattr(self, name, None)
+            if not need:
+                grad = self.weight.new_empty(0)
+            elif grad is None:  # no token at all
+                grad = x.new_zeros(x.shape, dtype=check.wide(x) if keep_wide else x.dtype)
+            elif not keep_wide:
+                grad = grad.to(x.dtype)
+            out.append(grad)
+        if self.need_hidden:
+            out[0] = self.rows.put(out[0], self.tokens)
+        return tuple(out)
