@@ -68,6 +68,15 @@ def run(p: dict, part: slice, backend: str, tp_group=None, wrap=lambda w: w) -> 
     out["linear_klq_loss"] = [made.loss, *made.stats, *grads]
     h, w, b, v = leaves()
     out["linear_token_stats"] = list(linear_token_stats(h, wrap(w), a, bias=b, **how, **group)[:2])
+    # chunks of two rows: every op meets the group once a chunk
+    h, w, b, v = leaves()
+    small = {**how, **group, "chunk_bytes": 2 * len(w) * 4}
+    lp = linear_token_logprobs(h, wrap(w), a, bias=b, **small, keep_bytes=3 * len(w) * 4)
+    out["by chunks"] = [lp, *torch.autograd.grad(lp.sin().sum(), (h, w, b))]
+    h, w, b, v = leaves()
+    made = linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **small)
+    out["by chunks"] += [made.loss, *made.stats, *torch.autograd.grad(made.loss, (h, w, b, v))]
+    out["by chunks"] += linear_token_stats(h, wrap(w), a, bias=b, **small)[:2]
     few = {**how, **group, "num_active": 1}
     assert linear_token_logprobs(h, wrap(w), a, bias=b, **few).isnan().all()
     assert linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **few).loss.isnan()
