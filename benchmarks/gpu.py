@@ -122,7 +122,8 @@ def heading(about: dict, top: dict) -> str:
         f"Triton {about['triton']}, {about['date']}, commit {about['commit']}. bfloat16 unless "
         f"said, cold L2, medians. Floors: bytes over the copy rate of this run, "
         f"{first['copy'] / 1e12:.2f} TB/s ({last['copy'] / 1e12:.2f} at its end; read alone "
-        f"{first['read'] / 1e12:.2f}). Peers: {versions}.\n\n"
+        f"{first['read'] / 1e12:.2f}); of the linear ops, the matrix products. "
+        f"Peers: {versions}.\n\n"
     )
 
 

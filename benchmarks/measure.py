@@ -3,7 +3,7 @@
 
 A `Group` is one op on one shape; its `Side`s are everything that does that work, ours and others'.
 Nothing that gives a wrong result gets a number, and what cannot run says why. A floor is bytes over
-the copy rate of the same run.
+the copy rate of the same run, or what a side of the group took that does only what all must do.
 """
 
 import math
@@ -52,6 +52,7 @@ class Side:
     prepare: Callable[[], object] | None = None  # untimed, before every call
     bars: tuple[Bar, ...] = ()
     calls: int = 1  # of the op in one run
+    memory: int | None = None  # bytes that a call may need beyond its inputs, results included
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Group:
     op: str
     shape: str
     sides: list[Side]
+    floor: str = ""  # the side whose time is the floor; none: bytes over the copy rate
+    most: float = 1.0  # seconds of samples of a side
 
 
 @dataclass
@@ -166,10 +169,10 @@ class CudaTimer:
 # --- groups ------------------------------------------------------------------------------------
 
 
-def measure(group: Group, timer, rounds: int, copy_rate: float, most: float = 1.0) -> list[Row]:
+def measure(group: Group, timer, rounds: int, copy_rate: float) -> list[Row]:
     """Gate every side, then time those that passed, one call each in turn.
 
-    A side stops after `most` seconds of samples, but not before its third.
+    A side stops after `group.most` seconds of samples, but not before its third.
     """
     rows, live = [], []
     for side in group.sides:
@@ -192,13 +195,21 @@ def measure(group: Group, timer, rounds: int, copy_rate: float, most: float = 1.
         first = turn % max(1, len(live))
         for side, row, run in live[first:] + live[:first]:
             if row.status != "ok" or (
-                len(row.samples) >= 3 and sum(row.samples) * side.calls > most
+                len(row.samples) >= 3 and sum(row.samples) * side.calls > group.most
             ):
                 continue
             with _Recorded(row):
                 _prepare(side)
                 row.samples.append(timer.sample(side.kind, run) / side.calls)
+    if group.floor:
+        floor = next((r.median for r in rows if r.side == group.floor and r.samples), None)
+        for row in rows:
+            row.floor = floor
     judge(rows, [side.bars for side in group.sides])
+    for row, side in zip(rows, group.sides, strict=True):
+        if row.samples and side.memory is not None:
+            need, limit = row.extra_bytes, side.memory
+            row.bars.append({"limit": limit, "of": "bytes", "is": need, "met": need <= limit})
     return rows
 
 
@@ -258,6 +269,8 @@ def _verdict(row: Row) -> str:
         if b["met"] is None:
             return f"not judged: {b['of']} {b['why']}"
         verdict = "met" if b["met"] else "**missed**"
+        if b["of"] == "bytes":
+            return f"{verdict}: {b['is'] / 2**30:.2f} ≤ {b['limit'] / 2**30:.2f} GiB"
         return f"{verdict}: {b['is']:.3g} ≤ {b['limit']:.3g} " + unit.get(b["of"], f"× {b['of']}")
 
     return "; ".join(map(said, row.bars))
@@ -290,7 +303,7 @@ def table(rows: list[Row], ours: tuple[str, ...] = ("cuda", "triton")) -> str:
             ]
             against = f"{r.median / mine[0]:.2f}" if mine else ""
             extra = "" if r.extra_bytes is None else f"{r.extra_bytes / 2**30:.2f}"
-            ms, x = f"{r.median * 1e3:.3f}", f"{r.median / r.floor:.3f}"
+            ms, x = f"{r.median * 1e3:.3f}", f"{r.median / r.floor:.3f}" if r.floor else ""
             out.append(_cells((r.op, r.shape, r.side, ms, x, against, extra, _verdict(r))))
         out.append("")
     scans = [r for r in rows if r.kind != "queued"]

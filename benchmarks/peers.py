@@ -108,12 +108,7 @@ def trl_logprobs():
     return lambda logits, actions: run(logits, actions)[0]
 
 
-def verl_logprobs():
-    (run,) = get("verl.utils.torch_functional", "logprobs_from_logits")
-    return lambda logits, actions: run(logits, actions, inplace_backward=False)
-
-
-def flash_logprobs():
+def flash_logprobs():  # also what verl's logprobs_from_logits calls; it has no kernel of its own
     (run,) = get("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return lambda logits, actions: run(logits, actions)[0]
 
@@ -215,7 +210,6 @@ PEERS: dict[str, list[Peer]] = {
         Peer("quack", quack_forward, "quack-kernels", sign=-1),
         Peer("quack, public function", quack_public, "quack-kernels", sign=-1),
         Peer("trl", trl_logprobs, "trl"),
-        Peer("verl", verl_logprobs, "verl"),
         Peer("flash-attn", flash_logprobs, "flash-attn", sign=-1),
     ],
     "token_stats": [Peer("eager float32", _is(eager_stats))],

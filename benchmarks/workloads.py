@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 import klq_kernels as klq
-from benchmarks.measure import Bar, Check, Group, Side
-from benchmarks.peers import PEERS, logprobs_of, stats_of
-from benchmarks.scans import BACKENDS, TAU, packed_scan, require, scan, scan_checks
+from benchmarks import heads
+from benchmarks.measure import Check, Group
+from benchmarks.peers import logprobs_of, stats_of
+from benchmarks.scans import TAU, packed_scan, scan, scan_checks
+from benchmarks.sides import ours, size, theirs
 from klq_kernels._dispatch import operator
 
 # what a result may be off, relative to the largest: coarse, the tests are exact
 SLACK = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 class Rows:
@@ -55,48 +53,6 @@ class Rows:
             slack = SLACK[g.dtype] * max(1.0, float(t.abs().max()))
             out[name] = Check(g[self.some], t, 2 * float((p - t).abs().max()) + slack)
         return out
-
-
-def ours(op: str, device: str, call: Callable, check: Callable, floor: int, **how) -> list[Side]:
-    """A side for each of our backends; `call(backend=...)` is one call. `name` and the other side
-    of a bar may hold a {} for the backend; the bars that do not are CUDA's, and a Triton twin is
-    held to CUDA and to torch.compile."""
-    name, bars = how.pop("name", "{}"), how.pop("bars", ())
-    twin = (1.7, name.format("cuda")), (1.0, "torch.compile")
-
-    def bars_of(backend):
-        own = [b for b in bars if "{}" in b[1]] + list(twin) if backend == "triton" else bars
-        return tuple(Bar(limit, of.format(backend)) for limit, of in own)
-
-    def setup(backend):
-        require(op, device, backend)
-        return partial(call, backend=backend)
-
-    return [
-        Side(
-            name.format(b),
-            partial(setup, b),
-            check,
-            floor,
-            bars=bars_of(b),
-            **how,
-        )
-        for b in BACKENDS[device]
-    ]
-
-
-def theirs(op: str, args: tuple, check: Callable, floor: int, compiles: bool, **how) -> list[Side]:
-    """The peers' sides; `check(peer, result)`."""
-
-    def setup(peer):
-        run = peer.load()
-        return lambda: run(*args)
-
-    return [
-        Side(p.name, partial(setup, p), partial(check, p), floor, **how)
-        for p in PEERS.get(op, ())
-        if compiles or not p.compiles
-    ]
 
 
 def token_logprobs(tokens, vocabulary, *, device="cuda", compiles=True) -> Group:
@@ -311,5 +267,9 @@ WORKLOADS = (
     Workload("lambda_returns", partial(packed_scan, "lambda_returns"), ((131072, 4096),)),
     Workload("gae", partial(scan, "gae"), SCANS),
     Workload("gae", partial(packed_scan, "gae"), ((131072, 4096),)),
+    Workload("linear_klq_loss", heads.linear_klq_loss, heads.SHAPES),
+    Workload("linear_token_logprobs", heads.linear_token_logprobs, heads.SHAPES),
+    Workload("linear_token_logprobs", heads.linear_token_logprobs_forward, heads.SHAPES),
+    Workload("linear_token_stats", heads.linear_token_stats, heads.SHAPES),
     Workload("klq_targets", klq_targets, ((64, 1024, 50304), (8, 2048, 128256), (1, 32768, 50304))),
 )

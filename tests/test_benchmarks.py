@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed klq
 
-from benchmarks import gpu, measure, peers, scans, workloads
+from benchmarks import gpu, heads, measure, peers, scans, workloads
 from benchmarks.measure import Absent, Bar, Check, Group, Row, Side
 
 
@@ -107,8 +107,49 @@ def test_a_bar_against_a_side_without_a_number_is_not_judged():
     assert "not judged: peer wrong" in measure.table([mine, peer])
 
 
+def test_a_floor_may_be_a_side_and_memory_a_bar():
+    sides = [side("products"), side(memory=1 << 29, bars=(Bar(1.5, "products"),))]
+    sides += [side("lean", memory=1 << 31)]
+    seconds = 2e-3, 3e-3, 4e-3
+    group = Group("op", "3", sides, floor="products")
+    rows = measure.measure(group, FakeTimer(*seconds), 1, copy_rate=1e6)
+    assert [r.floor for r in rows] == [2e-3] * 3
+    need = {"of": "bytes", "is": 1 << 30}
+    assert rows[1].bars[1] == {"limit": 1 << 29, "met": False} | need
+    assert rows[2].bars == [{"limit": 1 << 31, "met": True} | need]
+    text = measure.table(rows)
+    assert "met: 1.5 ≤ 1.5 × products; **missed**: 1.00 ≤ 0.50 GiB" in text
+    sides[0].setup = lambda: 1 / 0
+    rows = measure.measure(group, FakeTimer(*seconds), 1, copy_rate=1e6)
+    assert rows[1].floor is None and "x_floor" not in rows[1].as_dict()
+    assert "not judged: products failed" in measure.table(rows)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_every_gradient_of_a_head_is_checked(which):
+    group = heads.linear_klq_loss(70, 16, 33, device="cpu", compiles=False)
+    mine = next(s for s in group.sides if s.name == "cpp")
+    got = [x.clone() for x in mine.setup()()]
+    assert measure.wrong(mine.check(got)) is None
+    got[which][0] += 1.0
+    assert measure.wrong(mine.check(got)).startswith(("dhidden", "dweight", "dvalues")[which])
+
+
+def test_a_peer_that_skips_gradients_is_not_held_to_the_tail_of_dweight():
+    head = heads.Head(70, 16, 1000, "cpu")
+    made = head.gradients(head.upstream.double())
+    x, dw = head.hidden, torch.zeros_like(head.weight)
+    dw[head.columns] = made[0][1].bfloat16()
+    dw[head.columns[heads.ROWS :]] = 0
+    dw[head.columns[: heads.ROWS]] = made[0][1][: heads.ROWS].bfloat16()
+    dh = torch.zeros_like(x)
+    dh[head.some] = made[0][0].bfloat16()
+    assert measure.wrong(head.check_gradients(made, dh, dw, skips=True)) is None
+    assert measure.wrong(head.check_gradients(made, dh, dw)).startswith("dweight")
+
+
 def test_a_slow_side_stops_after_three_samples():
-    rows = measure.measure(Group("op", "3", [side()]), FakeTimer(5.0), 20, 1e6, most=2.0)
+    rows = measure.measure(Group("op", "3", [side()], most=2.0), FakeTimer(5.0), 20, 1e6)
     assert len(rows[0].samples) == 3
 
 
@@ -136,6 +177,9 @@ SMALL = {
     "lambda_returns": (70, 9),
     "gae": (70, 9),
     "klq_targets": (3, 7, 33),
+    "linear_klq_loss": (70, 16, 33),
+    "linear_token_logprobs": (70, 16, 33),
+    "linear_token_stats": (70, 16, 33),
 }
 
 
@@ -161,11 +205,23 @@ def test_floor_bytes():
     assert ours.bytes == 17 * 10 + 4 * 4
 
 
-@pytest.mark.parametrize("name", ["token_logprobs", "klq_loss", "lambda_returns", "klq_targets"])
+PLANTED = (
+    "token_logprobs",
+    "klq_loss",
+    "lambda_returns",
+    "klq_targets",
+    "linear_klq_loss",
+    "linear_token_logprobs",
+    "linear_token_stats",
+)
+
+
+@pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_error_is_refused(name):
     """One of the results that our own side gives, changed in one place."""
     work = next(w for w in workloads.WORKLOADS if w.name == name)
-    mine = work.build(*SMALL[name], device="cpu", compiles=False).sides[0]
+    sides = work.build(*SMALL[name], device="cpu", compiles=False).sides
+    mine = next(s for s in sides if measure.is_ours(s.name))
     run = mine.setup()
 
     def spoiled():
@@ -195,3 +251,28 @@ def test_the_heading_of_a_run_cut_short():
     text = gpu.heading(about, top)
     assert "driver 580" in text and "4.26 TB/s (4.26 at its end" in text
     assert "liger-kernel 1.\n" in text
+
+
+def test_the_update_phase():
+    """Both objectives of the loop's update are one number, and the report has both."""
+    phase = pytest.importorskip("benchmarks.update_phase")
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+    }
+    trainer, batch = phase.trainer_of(shape, 4, 6, 5, 2, "cpu")
+    calls = phase.recorded(trainer, batch)
+    hidden, weight, bias, values, how = calls[0]
+    (mine, _), (eager, _) = (
+        f(hidden, weight, bias, values, **how) for f in phase.OBJECTIVES.values()
+    )
+    assert mine.item() == pytest.approx(eager.item(), rel=2e-2)
+    found = phase.measure(trainer, batch, 1)
+    assert found["passes"] == 2 and found["rows_a_pass"] == 10
+    assert found["logits_bytes"] == 10 * 50 * 2
+    text = phase.report(found)
+    assert "| klq |" in text and "| eager |" in text
