@@ -138,6 +138,11 @@ class Head:
                 dh = self.dhidden[part].zero_()
                 for s in self.slices():
                     dh.addmm_(dlogits[:, s], w[s].float())
+            elif w.dtype in HALVES and w.is_cuda:
+                # into float32: of a few rows cuBLAS adds up partial sums in the result's type
+                dh = w.new_empty((h.shape[0], w.shape[1]), dtype=torch.float32)
+                product(dlogits, w, dh)
+                self.dhidden[part] = dh
             else:
                 torch.mm(dlogits, w, out=self.dhidden[part])
         if self.need_weight:
