@@ -18,16 +18,22 @@ namespace klq::cuda {
 
 // BLOCKS x 64 rows and COLS columns for a warpgroup; TURNS: a tile each. A cluster spans CLUSTER_M
 // tiles down and CLUSTER_N across. A_ACROSS: A lies [depth, rows], not [rows, depth]; B likewise.
+// LAG: where a tile is shared, how many stages the second warpgroup is behind, so that each has the
+// matrix units to itself for part of the other's epilogue.
 template <int BLOCKS, int COLS, bool TURNS, int STAGES, int CLUSTER_M, int CLUSTER_N,
-          int STAGING = 1, bool A_ACROSS = false, bool B_ACROSS = false>
+          int STAGING = 1, bool A_ACROSS = false, bool B_ACROSS = false, int LAG = 0>
 struct Tiling {
   static constexpr int kBlocks = BLOCKS, kCols = COLS, kStages = STAGES;
   static constexpr int kClusterM = CLUSTER_M, kClusterN = CLUSTER_N;
   static constexpr int kCluster = CLUSTER_M * CLUSTER_N;
   static constexpr bool kTurns = TURNS, kAAcross = A_ACROSS, kBAcross = B_ACROSS;
   static constexpr int kRowsEach = 64 * BLOCKS, kRows = TURNS ? kRowsEach : 2 * kRowsEach;
-  static constexpr int kDepth = 64, kThreads = 384;
+  static constexpr int kDepth = 64, kThreads = 384, kLag = LAG;
+  static_assert(LAG == 0 || (!TURNS && LAG > 1 && LAG < STAGES));
   static constexpr int kABytes = kRows * 128, kStageBytes = kABytes + COLS * 128;
+  // of the producer's threads and of the others', which together are the 168 each begins with
+  static constexpr bool kTight = BLOCKS * COLS / 2 > 128 && !A_ACROSS && !B_ACROSS;
+  static constexpr int kLoadRegisters = kTight ? 24 : 40, kMathRegisters = kTight ? 240 : 232;
   // for the epilogue: buffers of 16 rows of 128 bytes, for each of the 8 warps
   static constexpr int kStaging = STAGING, kStagingBytes = STAGING * 2048;
   static constexpr int kBytes = STAGES * kStageBytes + 8 * kStagingBytes + 1024;
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (Tile::kCluster > 1) cluster_sync();
 
   if (warpgroup == 0) {
-    give_registers<24>();
+    give_registers<Tile::kLoadRegisters>();
     if (threadIdx.x == 0) {
       const uint64_t policy_a = cache_policy(p.keep_a), policy_b = cache_policy(p.keep_b);
       uint16_t to_a = 0, to_b = 0;  // blocks with the same rows; with the same columns
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     __syncwarp();
   } else {
-    take_registers<240>();
+    take_registers<Tile::kMathRegisters>();
     const int consumer = warpgroup - 1, warp = int(threadIdx.x) / 32 % 4;
     // lane l tells the l-th of the blocks that load into this one that a stage is free
     int peer = lane < kClusterN ? rank_m + kClusterM * lane : lane - kClusterN;
@@ -193,6 +199,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const uint32_t own = Tile::kTurns ? 0 : consumer * Tile::kRowsEach;  // rows before its own
     float c[Tile::kBlocks][Tile::kCols / 2];
     Slot<kStages> slot;
+    // with fewer stages the first could be a tile ahead
+    const bool lags = Tile::kLag > 0 && p.depth >= 2 * kStages;
     auto multiply = [&](bool first_of_tile) {
       const uint32_t at = stages + slot.index * Tile::kStageBytes;
       const uint64_t a = matrix_at<Tile::kAAcross>(at + own * 128);
@@ -216,11 +224,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       int row, column;
       rows_and_columns(t, &row, &column);
       row += own + warp * 16;
+      if (lags && consumer == 1) asm volatile("bar.sync 1, 256;" ::: "memory");
       multiply(true);
       uint32_t before = slot.index;
       slot.next();
       for (int k = 1; k < p.depth; ++k) {
         multiply(false);
+        if (lags && consumer == 0 && k == Tile::kLag - 1)
+          asm volatile("bar.arrive 1, 256;" ::: "memory");
         wgmma_wait<1>();  // the stage before this one has been read
         release(before);
         before = slot.index;
@@ -271,7 +282,7 @@ cudaError_t prepare_gemm(Kernel kernel, int* clusters) {
 
 // How far a launch departs from what is chosen by itself; for measurements.
 struct Tuning {
-  int strip = 0;  // 0: as many rows of A as 16 MiB hold
+  int strip = 0;  // 0: as many rows of A as 16 MiB hold, 8 clusters at least
   Keep keep_a = Keep::normal, keep_b = Keep::normal;
 };
 
@@ -293,8 +304,10 @@ cudaError_t launch_gemm(const Matrix& a, const Matrix& b, const Epilogue& epilog
   if (cudaError_t e = OperandA<Tile>::encode(&p.a, a)) return e;
   if (cudaError_t e = OperandB<Tile>::encode(&p.b, b)) return e;
   p.depth = int(ceil_div(depth, Tile::kDepth));
+  constexpr int64_t kSquare = 8;  // the clusters at work are about as many down as across
   const int64_t bytes = Tile::kRows * Tile::kClusterM * depth * 2;  // of A, for a row of clusters
-  const int64_t strip = tuning.strip ? tuning.strip : (int64_t(16) << 20) / bytes;
+  const int64_t strip =
+      tuning.strip ? tuning.strip : std::max((int64_t(16) << 20) / bytes, kSquare);
   p.raster = {int(down), int(across), int(std::clamp<int64_t>(strip, 1, down))};
   p.keep_a = tuning.keep_a, p.keep_b = tuning.keep_b;
   cudaLaunchAttribute cluster{};

@@ -3,8 +3,8 @@
 // row and tile, the chosen token's term left out, and a small kernel that merges a row's pairs in a
 // fixed order.
 #pragma once
-#include "cuda/gemm.cuh"
 #include "cuda/linear_stats.h"
+#include "cuda/store_tiles.cuh"
 #include "cuda/sum_rows.cuh"
 
 namespace klq::cuda {
@@ -28,20 +28,14 @@ struct TileSums {
 // Out: what logits are stored as; void: they are not.
 template <class T, class Out>
 struct SumTiles {
-  CUtensorMap logits;
+  static constexpr bool kStores = !std::is_void_v<Out>;
+
+  RowsOut<std::conditional_t<kStores, Out, T>> logits;
   TileSums to;
   const T* bias;
   const int64_t* actions;
   int rows, columns;
   Scale scale;
-  Keep keep;
-
-  static constexpr bool kStores = !std::is_void_v<Out>;
-  using Stored = std::conditional_t<kStores, Out, T>;
-  static constexpr int kPiece = 128 / int(sizeof(Stored));  // columns in a box of 16 rows
-  static cudaError_t encode(CUtensorMap* map, const Matrix& m) {
-    return map_boxes(map, m, 16, kPiece);
-  }
 
   // f(element, half, column) for all elements: half 0 is row lane / 4, half 1 eight further down,
   // and columns count from the thread's first
@@ -67,55 +61,6 @@ struct SumTiles {
       }
   }
 
-  // 16 rows through shared memory, 128 bytes of each at a time. The 16-byte units of a row lie in
-  // the copy engine's order: unit u of row r at u ^ r % 8.
-  template <int BUFFERS, int N>
-  __device__ __forceinline__ void store(const float (&c)[N], int row, int column, uint32_t staging,
-                                        int lane) const {
-    const uint64_t policy = cache_policy(keep);
-#pragma unroll
-    for (int piece = 0; piece < 2 * N / kPiece; ++piece) {
-      if (column + piece * kPiece >= columns) break;
-      const uint32_t at = staging + piece % BUFFERS * 2048;
-      if (lane == 0) {
-        if (piece == 0)
-          stores_read<0>();  // the pieces before may have ended in any buffer
-        else
-          stores_read<BUFFERS - 1>();
-      }
-      __syncwarp();
-      if constexpr (sizeof(Stored) == 2) {
-        const int r = lane % 16;  // whose address this lane gives, and in which of two units
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float* x = c + 32 * piece + 8 * k;
-          const uint32_t unit = (2 * k + lane / 16) ^ (r % 8);
-          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                           at + r * 128 + unit * 16),
-                       "r"(Vec<Stored>::pack(x)), "r"(Vec<Stored>::pack(x + 2)),
-                       "r"(Vec<Stored>::pack(x + 4)), "r"(Vec<Stored>::pack(x + 6))
-                       : "memory");
-        }
-      } else {
-        const int r = lane / 4, q = lane % 4;
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float* x = c + 16 * piece + 4 * k + 2 * h;
-            const uint32_t unit = (2 * k + q / 2) ^ r;
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + (r + 8 * h) * 128 +
-                                                                  unit * 16 + q % 2 * 8),
-                         "f"(x[0]), "f"(x[1])
-                         : "memory");
-          }
-      }
-      copies_see_stores();
-      __syncwarp();
-      if (lane == 0) store_box(logits, row, column + piece * kPiece, at, policy);
-    }
-  }
-
   template <class Tile, int N>
   __device__ __forceinline__ void finish(float (&c)[N], int row, int column, uint32_t staging,
                                          int lane) const {
@@ -126,7 +71,7 @@ struct SumTiles {
 #pragma unroll
     for (int h = 0; h < 2; ++h) known[h] = first + 8 * h < rows ? actions[first + 8 * h] : -1;
     if (bias) add_bias(c, column + 2 * quad);
-    if constexpr (kStores) store<Tile::kStaging>(c, row, column, staging, lane);
+    if constexpr (kStores) logits.template put<Tile::kStaging>(c, row, column, staging, lane);
     if (scale.softcap > 0.0f) each(c, [&](float& y, int, int) { y = capped<true>(y, scale); });
     if (column + kColumns > columns) {
       const int end = columns - column - 2 * quad;
@@ -258,10 +203,9 @@ cudaError_t linear_stats_as(const LinearArgs& args, const RowOutputs& out, cudaS
   sums.actions = out.actions;
   sums.rows = int(args.rows), sums.columns = int(args.columns);
   sums.scale = Scale(args.scaling);
-  sums.keep = keep_logits;
   if constexpr (sums.kStores) {
     const Matrix logits{args.logits, args.logits_type, args.rows, args.columns, args.logits_stride};
-    if (cudaError_t e = sums.encode(&sums.logits, logits)) return e;
+    if (cudaError_t e = sums.logits.encode(logits, keep_logits)) return e;
   }
   const Matrix a{args.hidden, args.type, args.rows, args.depth, args.hidden_stride};
   const Matrix b{args.weight, args.type, args.columns, args.depth, args.weight_stride};

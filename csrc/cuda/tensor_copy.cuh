@@ -82,15 +82,23 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& map, in
 __device__ __forceinline__ void copies_see_stores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// One group of copies out.
+// One group of copies out; ADD: onto what is there, for float.
+template <bool ADD>
 __device__ __forceinline__ void store_box(const CUtensorMap& map, int row, int column,
                                           uint32_t from, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint"
-      " [%0, {%1, %2}], [%3], %4;\n"
-      "cp.async.bulk.commit_group;" ::"l"(&map),
-      "r"(column), "r"(row), "r"(from), "l"(policy)
-      : "memory");
+  if constexpr (ADD)
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group.L2::cache_hint"
+        " [%0, {%1, %2}], [%3], %4;" ::"l"(&map),
+        "r"(column), "r"(row), "r"(from), "l"(policy)
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint"
+        " [%0, {%1, %2}], [%3], %4;" ::"l"(&map),
+        "r"(column), "r"(row), "r"(from), "l"(policy)
+        : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 // Until at most PENDING of this thread's groups have yet to read shared memory.
 template <int PENDING>
