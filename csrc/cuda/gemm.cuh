@@ -254,8 +254,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 // How many clusters of the kernel the device holds at once; 0: it was not built for it.
-template <class Tile, class Kernel>
-cudaError_t prepare_gemm(Kernel kernel, int* clusters) {
+template <class T, class Tile, class Epilogue>
+cudaError_t prepare_gemm(int* clusters) {
+  auto kernel = gemm_kernel<T, Tile, Epilogue>;
   static std::atomic<int> known[kMaxDevices];
   Device device;
   if (cudaError_t e = this_device(&device)) return e;
@@ -292,7 +293,7 @@ cudaError_t launch_gemm(const Matrix& a, const Matrix& b, const Epilogue& epilog
                         cudaStream_t stream, const Tuning& tuning = {}) {
   auto kernel = gemm_kernel<T, Tile, Epilogue>;
   int clusters = 0;
-  if (cudaError_t e = prepare_gemm<Tile>(kernel, &clusters)) return e;
+  if (cudaError_t e = prepare_gemm<T, Tile, Epilogue>(&clusters)) return e;
   const int64_t rows = Tile::kAAcross ? a.columns : a.rows;
   const int64_t columns = Tile::kBAcross ? b.columns : b.rows;
   const int64_t depth = Tile::kAAcross ? a.rows : a.columns;
