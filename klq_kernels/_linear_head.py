@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head over chunks of tokens, forward and backward.
 
+On Hopper the head's product is our own (csrc/cuda/gemm.cuh), which sums up rows while they are in
+registers, in float32, whatever the logits' dtype: without a gradient no logits are stored at all,
+and with one, exponentials in their place, from which the gradients are plain products. Everywhere
+else the products are the library's and row kernels run between them.
+
 A chunk's logits fit in `chunk_bytes` and live in one buffer, which the row kernels read and, where
 a gradient is made, overwrite with it. No tensor of size tokens x vocabulary ever exists. The
 gradient of the weight is summed over the chunks in float32: the error of rounding each chunk's to
@@ -8,17 +13,50 @@ gradient of the weight is summed over the chunks in float32: the error of roundi
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
+from klq_kernels._dispatch import operator
+from klq_kernels._extension import BUILD_INFO
 from klq_kernels._linear import Rows
 
 DEFAULT_CHUNK_BYTES = 512 << 20
 HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
+SUM_BYTES = 32 << 20  # of what the tiles of our product leave of a row
 TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def ours(backend: str, hidden: Tensor, weight: Tensor) -> bool:
+    """Whether our own product takes this head: by device, types and layout of the weight, never by
+    the number of tokens, so that log-probs of one model always come the same way."""
+    return (
+        backend != "triton"
+        and hidden.is_cuda
+        and hidden.dtype == torch.bfloat16  # of float16 the exponentials would overflow
+        and "9.0a" in BUILD_INFO["archs"]
+        and is_hopper(hidden.device)
+        and along_rows(weight)
+    )
+
+
+def along_rows(x: Tensor) -> bool:
+    """What the copy engine asks of a matrix: rows of whole 16 bytes, at multiples of 16 bytes."""
+    whole = x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
+    return whole and x.stride(1) == 1 and x.data_ptr() % 16 == 0
+
+
+def pitch(vocabulary: int) -> int:
+    """Logits from row to row: rows of 16-bit logits begin at multiples of 16 bytes."""
+    return -(-vocabulary // 8) * 8
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -65,15 +103,21 @@ class Head:
         logits_dtype: torch.dtype | None,
         chunk_bytes: int | None,
         needs: tuple[bool, bool, bool] = (False, False, False),
+        backend: str | None = None,  # None: row kernels must see the logits
     ):
         self.tokens, self.rows = hidden.shape[0], rows
         self.hidden, self.weight, self.bias = rows.take(hidden), weight, bias
+        self.ours = backend is not None and ours(backend, hidden, weight)
+        if self.ours and not along_rows(self.hidden):
+            self.hidden = self.hidden.contiguous().clone()  # a clone begins where it should
         self.count = self.hidden.shape[0]
         self.dtype = logits_dtype or hidden.dtype
         self.chunk_bytes = chunk_bytes
         self.need_hidden, self.need_weight, self.need_bias = needs
         half = hidden.dtype in HALVES
         # float32 gradients of bfloat16 products are narrowed; of float16 they would flush to zero
+        if self.ours:
+            self.dtype = hidden.dtype
         self.narrowed = half and self.dtype != hidden.dtype and hidden.dtype != torch.float16
         self.bytes_a_logit = self.dtype.itemsize
         if self.narrowed and any(needs):
@@ -101,10 +145,7 @@ class Head:
     def logits(self, part: slice, out: Tensor | None = None) -> Tensor:
         """Logits of a chunk, in `out` or in the buffer until the next call."""
         h, w, b = self.rows_of(part), self.weight, self.bias
-        if out is None:
-            if self.buffer is None:  # the first chunk is the longest
-                self.buffer = h.new_empty((h.shape[0], w.shape[0]), dtype=self.dtype)
-            out = self.buffer[: h.shape[0]]
+        out = self.room(part) if out is None else out
         if out.dtype != h.dtype and not h.is_cuda:
             h = h.float()
             for s in self.slices():
@@ -114,6 +155,31 @@ class Head:
         else:
             product(h, w.T, out)
         return out if b is None else out.add_(b)
+
+    def room(self, part: slice) -> Tensor:
+        """The buffer, as long as a chunk."""
+        rows, vocabulary = part.stop - part.start, self.weight.shape[0]
+        if self.buffer is None:  # the first chunk is the longest
+            self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
+        return self.buffer[:rows, :vocabulary]
+
+    def parts_to_sum(self, first: int = 0) -> Iterator[slice]:
+        """Chunks for `sums`, which stores no logits."""
+        tiles = self.weight.shape[0] // 128 + 1
+        return chunks(first, self.count, tiles * 12, SUM_BYTES)
+
+    def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
+        """(log-probs, row_stats, entropy or an empty tensor) of a chunk, from float32 logits."""
+        h, use = self.hidden[part], self.mask(part)  # a row of NaN stays in its row
+        linear_stats = operator("cuda", "linear_stats")
+        return linear_stats(h, self.weight, self.bias, actions, use, t, cap, entropy)
+
+    def exponentials(self, out: Tensor, part: slice, actions: Tensor, t: float, cap: float):
+        """(log-probs, factors) of a chunk: `out` times a factor a row becomes the gradient of the
+        log-probs by the logits (csrc/cuda/linear_exponentials.h)."""
+        linear_exponentials_ = operator("cuda", "linear_exponentials_")
+        h, use = self.rows_of(part), self.mask(part)
+        return linear_exponentials_(out, h, self.weight, self.bias, actions, use, t, cap)
 
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for what needs float32 copies of the operands."""
@@ -158,6 +224,33 @@ class Head:
             else:
                 product(dlogits.T, h, self.dweight, not first)
 
+    def backward_exponentials(self, part: slice, e: Tensor, factors: Tensor) -> None:
+        """As `backward`, of dlogits = factors x e."""
+        h, w, first = self.rows_of(part), self.weight, part.start == 0
+        factors = factors.unsqueeze(-1)  # [rows, 1]
+        if self.need_bias:
+            # a column sum as a product that reads e once: the factors in three 16-bit pieces
+            pieces = [factors.to(e.dtype)]
+            for _ in range(2):
+                pieces.append((factors - sum(p.float() for p in pieces)).to(e.dtype))
+            pieces = torch.cat([*pieces, factors.new_zeros((len(factors), 5)).to(e.dtype)], 1)
+            db = e.new_empty((e.shape[1], 8), dtype=torch.float32)
+            product(e.T, pieces, db)
+            self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
+        if self.need_hidden:
+            if first:
+                self.dhidden = torch.empty_like(self.hidden)
+            dh = e.new_empty(h.shape, dtype=torch.float32)
+            product(e, w, dh)
+            torch.mul(dh, factors, out=self.dhidden[part])
+        if self.need_weight:
+            if first:
+                alone = part.stop == self.count
+                self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
+            scaled = torch.empty_like(h)
+            torch.mul(h, factors, out=scaled)
+            product(e.T, scaled, self.dweight, not first)
+
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
         and bias, or with `keep_wide` in those they were made in."""
@@ -178,3 +271,20 @@ class Head:
         if self.need_hidden:
             out[0] = self.rows.put(out[0], self.tokens)
         return tuple(out)
+
+
+@torch.library.register_fake("klq::linear_stats")
+def _(hidden, weight, bias, actions, mask, t, cap, entropy):
+    rows = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return rows, rows.new_empty((3, *rows.shape)), rows.new_empty(rows.shape if entropy else (0,))
+
+
+@torch.library.register_fake("klq::linear_exponentials_")
+def _(exponentials, hidden, weight, bias, actions, mask, t, cap):
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.register_fake("klq::klq_loss_tokens")
+def _(logprobs, values, ref_logprobs, returns, tau, mask, weights, normalizer):
+    tokens = [logprobs.new_empty(logprobs.shape[0]) for _ in range(2)]
+    return logprobs.new_empty(()), logprobs.new_empty(4), *tokens

@@ -119,10 +119,8 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t mapped) {
 #endif
 
 // An Epilogue is what becomes of C:
-//   Rows, ahead(row, lane)   what a thread wants to know of its two rows (`row` is its warp's
-//   first)
-//                            before their products, while it waits for them
-//   finish(c, row, column, rows, staging, lane)   by warps, each for 16 rows
+//   wanted()   optional, the same for all threads: whether there is anything to do at all
+//   finish(c, row, column, staging, lane)   by warps, each for 16 rows of C
 template <class T, class Tile, class Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     gemm_kernel(const __grid_constant__ Product p, const __grid_constant__ Epilogue epilogue) {
@@ -130,6 +128,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kStages = Tile::kStages, kClusterM = Tile::kClusterM, kClusterN = Tile::kClusterN;
   using A = OperandA<Tile>;
   using B = OperandB<Tile>;
+  if constexpr (requires { epilogue.wanted(); })
+    if (!epilogue.wanted()) return;
   extern __shared__ uint8_t dynamic[];
   // static, so that the launcher sees whether the kernel was built for sm_90a
   __shared__ uint64_t barriers[2 * kStages];
@@ -215,6 +215,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                                    b + k * B::kStep, k > 0 || !first_of_tile);
       wgmma_commit();
     };
+    // Those who take turns multiply one after the other: the barriers of the ring tell a stage's
+    // use from the one before, not from the one before that, so nobody may run ahead of a whole
+    // tile.
+    auto wait_for_turn = [&] {
+      if (!Tile::kTurns) return;
+      if (consumer == 0)
+        asm volatile("bar.sync 2, 256;" ::: "memory");
+      else
+        asm volatile("bar.sync 3, 256;" ::: "memory");
+    };
+    auto pass_turn = [&] {
+      if (!Tile::kTurns) return;
+      if (consumer == 0)
+        asm volatile("bar.arrive 3, 256;" ::: "memory");
+      else
+        asm volatile("bar.arrive 2, 256;" ::: "memory");
+    };
+    if (consumer == 1) pass_turn();
     int turn = 0;
     for (int t = first; t < tiles; t += step, ++turn) {
       if (Tile::kTurns && turn % 2 != consumer) {
@@ -225,6 +243,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       rows_and_columns(t, &row, &column);
       row += own + warp * 16;
       if (lags && consumer == 1) asm volatile("bar.sync 1, 256;" ::: "memory");
+      wait_for_turn();
       multiply(true);
       uint32_t before = slot.index;
       slot.next();
@@ -237,6 +256,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         before = slot.index;
         slot.next();
       }
+      pass_turn();
       wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < Tile::kBlocks; ++i) settle(c[i]);

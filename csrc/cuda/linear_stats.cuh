@@ -25,6 +25,40 @@ struct TileSums {
         chosen(scratch + rows * tiles * (2 + entropy)) {}
 };
 
+// f(element, half, column) for all elements of a fragment: half 0 is row lane / 4, half 1 eight
+// further down, and columns count from the thread's first
+template <int N, class F>
+__device__ __forceinline__ void each(float (&c)[N], F f) {
+#pragma unroll
+  for (int j = 0; j < N / 4; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) f(c[4 * j + 2 * h + i], h, 8 * j + i);
+}
+
+// `column` is the thread's first
+template <class T, int N>
+__device__ __forceinline__ void add_bias(float (&c)[N], const T* bias, int column, int columns) {
+#pragma unroll
+  for (int j = 0; j < N / 4; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = column + 8 * j + i;
+      const float b = at < columns ? Vec<T>::get(bias + at) : 0.0f;
+      c[4 * j + i] += b, c[4 * j + 2 + i] += b;
+    }
+}
+
+__device__ __forceinline__ float over_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float top_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
 // Out: what logits are stored as; void: they are not.
 template <class T, class Out>
 struct SumTiles {
@@ -37,30 +71,6 @@ struct SumTiles {
   int rows, columns;
   Scale scale;
 
-  // f(element, half, column) for all elements: half 0 is row lane / 4, half 1 eight further down,
-  // and columns count from the thread's first
-  template <int N, class F>
-  static __device__ __forceinline__ void each(float (&c)[N], F f) {
-#pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) f(c[4 * j + 2 * h + i], h, 8 * j + i);
-  }
-
-  template <int N>
-  __device__ __forceinline__ void add_bias(float (&c)[N], int column) const {
-#pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = column + 8 * j + i;
-        const float b = at < columns ? Vec<T>::get(bias + at) : 0.0f;
-        c[4 * j + i] += b, c[4 * j + 2 + i] += b;
-      }
-  }
-
   template <class Tile, int N>
   __device__ __forceinline__ void finish(float (&c)[N], int row, int column, uint32_t staging,
                                          int lane) const {
@@ -70,7 +80,7 @@ struct SumTiles {
     int64_t known[2];  // asked for now, needed later
 #pragma unroll
     for (int h = 0; h < 2; ++h) known[h] = first + 8 * h < rows ? actions[first + 8 * h] : -1;
-    if (bias) add_bias(c, column + 2 * quad);
+    if (bias) add_bias(c, bias, column + 2 * quad, columns);
     if constexpr (kStores) logits.template put<Tile::kStaging>(c, row, column, staging, lane);
     if (scale.softcap > 0.0f) each(c, [&](float& y, int, int) { y = capped<true>(y, scale); });
     if (column + kColumns > columns) {
@@ -84,9 +94,7 @@ struct SumTiles {
     bool here = false, far = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      top[h] = fmaxf(tops[h][0], tops[h][1]);
-      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+      top[h] = top_of_quad(fmaxf(tops[h][0], tops[h][1]));
       const int64_t a = known[h] - column;
       const bool mine = a >= 0 && a < kColumns && known[h] < columns && a % 8 / 2 == quad;
       action[h] = mine ? int(a) - 2 * quad : -1;
@@ -125,10 +133,6 @@ struct SumTiles {
     float sum[2], plain[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      auto over_quad = [](float x) {
-        x += __shfl_xor_sync(~0u, x, 1);
-        return x + __shfl_xor_sync(~0u, x, 2);
-      };
       sum[h] = over_quad(sums[h][0] + sums[h][1]);
       plain[h] = to.plain ? over_quad(plains[h]) : 0.0f;
     }

@@ -26,6 +26,6 @@ int64_t linear_stats_scratch(int64_t rows, int64_t columns, bool entropy);
 
 // actions, logprobs, row_stats and entropy of `out`, as sum_rows leaves them, from float32 logits.
 // cudaErrorNotSupported: not a Hopper device, or not built for sm_90a.
-cudaError_t linear_stats(const LinearArgs& args, const RowOutputs& out, cudaStream_t stream);
+cudaError_t linear_row_sums(const LinearArgs& args, const RowOutputs& out, cudaStream_t stream);
 
 }  // namespace klq::cuda

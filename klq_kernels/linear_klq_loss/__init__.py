@@ -221,25 +221,35 @@ def forward(
         active = mask.sum() if mask is not None else torch.full((), tokens, device=hidden.device)
         normalizer = active.clamp(min=1).to(dtype)
     normalizer = rows.poison(normalizer)  # NaN in the loss and in every gradient it divides
-    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs)
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     picked = [rows.take(x) for x in (actions, values, ref_logprobs, returns, weights)]
     picked[0] = tp.local(shard, picked[0])
     loss, stats = hidden.new_zeros((), dtype=dtype), hidden.new_zeros(4, dtype=dtype)
     dvalues = hidden.new_empty(head.count, dtype=dtype)
     for part in head.parts():
-        logits, use = head.logits(part), head.mask(part)
+        use = head.mask(part)
         a, v, ref, g, w = (None if x is None else x[part] for x in picked)
-        if shard is None:
-            part_loss, part_stats, dvalues[part], _ = operator(backend, "klq_loss_")(
-                logits, a, v, ref, g, tau, use, w, normalizer, t, cap
-            )
+        if head.ours:
+            e = head.room(part)
+            logprobs, factors = head.exponentials(e, part, a, t, cap)
+            part_loss, part_stats, coefficients, dvalues[part] = operator(
+                backend, "klq_loss_tokens"
+            )(logprobs, v, ref, g, tau, use, w, normalizer)
+            head.backward_exponentials(part, e, coefficients * factors)
         else:
-            rest = {"ref_logprobs": ref, "returns": g, "tau": tau, "mask": use, "weights": w}
-            part_loss, part_stats, dvalues[part] = _sharded(
-                backend, logits, a, v, t, cap, shard, normalizer=normalizer, **rest
-            )
+            logits = head.logits(part)
+            if shard is None:
+                part_loss, part_stats, dvalues[part], _ = operator(backend, "klq_loss_")(
+                    logits, a, v, ref, g, tau, use, w, normalizer, t, cap
+                )
+            else:
+                rest = {"ref_logprobs": ref, "returns": g, "tau": tau, "mask": use, "weights": w}
+                part_loss, part_stats, dvalues[part] = _sharded(
+                    backend, logits, a, v, t, cap, shard, normalizer=normalizer, **rest
+                )
+            head.backward(part, logits)
         loss, stats = loss + part_loss, stats + part_stats
-        head.backward(part, logits)
     grads = tp.complete(head.gradients(keep_wide=half), shard)
     return rows.poison(loss), rows.poison(stats), *grads, rows.put(dvalues, tokens)
 

@@ -9,7 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import Head
+from klq_kernels._linear_head import Head, pitch
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
@@ -42,7 +42,8 @@ def linear_token_logprobs(
             which casts them as F.linear does. All three receive gradients.
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`. NaN in an
             inactive row of `hidden` reaches no result and no gradient.
-        logits_dtype: torch.float32 keeps the head's logits in float32; None: in hidden's dtype.
+        logits_dtype: torch.float32 keeps the head's logits in float32; None: in hidden's dtype, or
+            in float32 where that costs nothing (bfloat16 heads on Hopper).
         num_active: number of active tokens, when the caller knows it: only these meet the head,
             without a synchronisation. More is allowed; fewer makes every result NaN.
         chunk_bytes: bound on the logits held at a time (default 512 MiB). Beyond results and what
@@ -155,30 +156,45 @@ def forward(
     *,
     shard=None,
 ):
-    """Log-probs, (max, rest, z_a) of the rows that met the head, and the logits of the first."""
+    """Log-probs, (max, rest, z_a) of the rows that met the head, and what is kept of the first:
+    their logits, or their exponentials, whose factors then stand in row_stats[0]."""
     tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(mask, tokens, num_active, hidden.device)
-    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes)
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=dtype)
     row_stats = hidden.new_empty((3, head.count), dtype=dtype)
     kept = hidden.new_empty(_kept(head.count, weight, head.dtype, keep_bytes), dtype=head.dtype)
     token_logprobs = operator(backend, "token_logprobs")
-    for first, end in ((0, len(kept)), (len(kept), head.count)):
-        for part in head.parts(first, end):
-            logits = head.logits(part, kept[part] if end == len(kept) else None)
-            use = head.mask(part)
-            made = token_logprobs(logits, actions[part], use, t, cap)
-            if shard is not None:
-                made = tp.merge(made[1], actions[part], use, shard.group)
-            logprobs[part], row_stats[:, part] = made
+
+    def run(part: slice, out: Tensor | None) -> None:
+        logits, use = head.logits(part, out), head.mask(part)
+        made = token_logprobs(logits, actions[part], use, t, cap)
+        if shard is not None:
+            made = tp.merge(made[1], actions[part], use, shard.group)
+        logprobs[part], row_stats[:, part] = made
+
+    for part in head.parts(0, len(kept)):
+        out = kept[part, : weight.shape[0]]
+        if head.ours:
+            made = head.exponentials(out, part, actions[part], t, cap)
+            logprobs[part], row_stats[0, part] = made
+        else:
+            run(part, out)
+    if head.ours:
+        for part in head.parts_to_sum(len(kept)):
+            logprobs[part], row_stats[:, part], _ = head.sums(part, actions[part], t, cap)
+    else:
+        for part in head.parts(len(kept)):
+            run(part, None)
     return rows.poison(rows.put(logprobs, tokens)), row_stats, kept
 
 
 def _kept(count: int, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> tuple[int, int]:
-    """Shape of the logits that are kept."""
-    vocabulary = weight.shape[0]
-    return min(count, keep_bytes // (vocabulary * dtype.itemsize)), vocabulary
+    """Shape of what is kept."""
+    width = pitch(weight.shape[0])
+    return min(count, keep_bytes // (width * dtype.itemsize)), width
 
 
 @composite(
@@ -206,14 +222,26 @@ def backward(
     shard=None,
 ):
     rows = linear.compact(mask, hidden.shape[0], num_active, hidden.device)
-    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs)
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     actions = tp.local(shard, rows.take(actions))
     grad = rows.poison(rows.take(grad))
+    if head.ours:
+        grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
+        for part in head.parts(0, len(kept)):
+            e, factors = kept[part, : weight.shape[0]], row_stats[0, part]
+            head.backward_exponentials(part, e, grad[part] * factors)
+        for part in head.parts(len(kept)):
+            e = head.room(part)
+            _, factors = head.exponentials(e, part, actions[part], t, cap)
+            head.backward_exponentials(part, e, grad[part] * factors)
+        return head.gradients()
     token_logprobs_backward = operator(backend, "token_logprobs_backward")
     token_logprobs_backward_ = operator(backend, "token_logprobs_backward_")
     for part in head.parts(0, len(kept)):
         rest = actions[part], head.mask(part), row_stats[:, part], t, cap
-        dlogits = token_logprobs_backward(grad[part], kept[part], *rest)
+        logits = kept[part, : weight.shape[0]]
+        dlogits = token_logprobs_backward(grad[part], logits, *rest)
         head.backward(part, dlogits)
         del dlogits  # before the next is made
     for part in head.parts(len(kept)):

@@ -108,11 +108,14 @@ def forward(
 ):
     tokens = hidden.shape[0]
     rows = linear.compact(mask, tokens, num_active, hidden.device)
-    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes)
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=check.wide(hidden))
     entropy = torch.empty_like(logprobs)
-    for part in head.parts():
+    for part in head.parts_to_sum() if head.ours else ():
+        logprobs[part], _, entropy[part] = head.sums(part, actions[part], t, cap, entropy=True)
+    for part in head.parts() if not head.ours else ():
         logits, use = head.logits(part), head.mask(part)
         if shard is None:
             made = operator(backend, "token_stats")(logits, actions[part], None, use, t, cap)[:2]
