@@ -59,7 +59,7 @@ def compare(h, w, a, b=None, t=1.0, cap=None, slack=1.0):
     assert ((got.double() - lp).abs() <= bound).all()
     made = factors.double()[:, None] * e.double()
     largest = g.abs().amax(-1, keepdim=True)
-    assert ((made - g).abs() <= g.abs() * (2**-8 + 4 * bound) + largest * 2**-20).all()
+    assert ((made - g).abs() <= g.abs() * (2**-8 + 4 * bound) + largest * 2**-20 + 1e-30).all()
     some = torch.ops.klq.linear_stats(h, w, b, a, None, t, cap or 0.0, True)
     assert ((some[0].double() - lp).abs() <= bound).all()
     assert ((some[2].double() - entropy).abs() <= bound * (2 + entropy)).all()
@@ -137,7 +137,8 @@ def test_gradients_from_exponentials(needs):
     want = {"h": g @ w.double(), "w": g.T @ h.double(), "b": g.sum(0)}
     for chunk in (None, 50 * 1008 * 2):
         for keep in (0, 100 * 1008 * 2):
-            x = {k: y.clone().requires_grad_(k in needs) for k, y in zip("hwb", (h, w, b), strict=True)}
+            x = {"h": h, "w": w, "b": b}
+            x = {k: y.clone().requires_grad_(k in needs) for k, y in x.items()}
             out = linear_token_logprobs(
                 x["h"], x["w"], a, bias=x["b"], mask=mask, chunk_bytes=chunk, keep_bytes=keep
             )
@@ -162,8 +163,8 @@ def test_results_agree_between_ops():
 
 
 def test_opcheck():
-    h, w, a = draw(20, 64), draw(100, 64), torch.arange(20, device=DEVICE)
-    e, x = draw(20, 104)[:, :100], torch.randn(20, device=DEVICE)
+    h, w, a = draw(20, 64), draw(104, 64), torch.arange(20, device=DEVICE)
+    e, x = draw(20, 104), torch.randn(20, device=DEVICE)
     ops = torch.ops.klq
     calls = {
         ops.linear_stats.default: (h, w, None, a, None, 1.0, 0.0, True),
