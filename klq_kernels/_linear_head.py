@@ -27,6 +27,7 @@ DEFAULT_CHUNK_BYTES = 512 << 20
 HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
 SUM_BYTES = 32 << 20  # of what the tiles of our product leave of a row
+EXTRA = 8  # rows behind exponentials: csrc/cuda/linear_rows.h
 TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
 
 
@@ -150,36 +151,35 @@ class Head:
             h = h.float()
             for s in self.slices():
                 torch.mm(h, w[s].float().T, out=out[:, s])
-        elif b is not None and out.dtype == h.dtype:
-            return torch.addmm(b, h, w.T, out=out)
         else:
             product(h, w.T, out)
         return out if b is None else out.add_(b)
 
     def room(self, part: slice) -> Tensor:
-        """The buffer, as long as a chunk."""
+        """The buffer, as long as a chunk, and EXTRA rows longer for exponentials."""
         rows, vocabulary = part.stop - part.start, self.weight.shape[0]
+        rows += EXTRA if self.ours else 0
         if self.buffer is None:  # the first chunk is the longest
             self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
         return self.buffer[:rows, :vocabulary]
 
-    def parts_to_sum(self, first: int = 0) -> Iterator[slice]:
-        """Chunks for `sums`, which stores no logits."""
+    def parts_to_sum(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
+        """Chunks for our product where their logits need no room."""
         tiles = self.weight.shape[0] // 128 + 1
-        return chunks(first, self.count, tiles * 12, SUM_BYTES)
+        return chunks(first, self.count if end is None else end, tiles * 12, SUM_BYTES)
 
     def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
-        """(log-probs, row_stats, entropy or an empty tensor) of a chunk, from float32 logits."""
+        """(log-probs, factors, entropy or an empty tensor) of a chunk, from float32 logits."""
         h, use = self.hidden[part], self.mask(part)  # a row of NaN stays in its row
-        linear_stats = operator("cuda", "linear_stats")
-        return linear_stats(h, self.weight, self.bias, actions, use, t, cap, entropy)
+        linear_rows_ = operator("cuda", "linear_rows_")
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, entropy, None)
 
-    def exponentials(self, out: Tensor, part: slice, actions: Tensor, t: float, cap: float):
-        """(log-probs, factors) of a chunk: `out` times a factor a row becomes the gradient of the
-        log-probs by the logits (csrc/cuda/linear_exponentials.h)."""
-        linear_exponentials_ = operator("cuda", "linear_exponentials_")
-        h, use = self.rows_of(part), self.mask(part)
-        return linear_exponentials_(out, h, self.weight, self.bias, actions, use, t, cap)
+    def exponentials(self, part: slice, actions: Tensor, t: float, cap: float, out: Tensor):
+        """(log-probs, factors) of a chunk; `out` times a factor a row is the gradient of the
+        log-probs by the logits (csrc/cuda/linear_rows.h)."""
+        h, use, e = self.rows_of(part), self.mask(part), out[: part.stop - part.start]
+        linear_rows_ = operator("cuda", "linear_rows_")
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, e)[:2]
 
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for what needs float32 copies of the operands."""
@@ -224,32 +224,42 @@ class Head:
             else:
                 product(dlogits.T, h, self.dweight, not first)
 
-    def backward_exponentials(self, part: slice, e: Tensor, factors: Tensor) -> None:
-        """As `backward`, of dlogits = factors x e."""
-        h, w, first = self.rows_of(part), self.weight, part.start == 0
-        factors = factors.unsqueeze(-1)  # [rows, 1]
+    def hidden_gradient(self, part: slice, e: Tensor, scale: Tensor) -> None:
+        """dH of dlogits = scale x e."""
+        if not self.need_hidden:
+            return
+        if self.dhidden is None:
+            self.dhidden = torch.empty_like(self.hidden)
+        rows = part.stop - part.start
+        dh = e.new_empty((rows, self.weight.shape[1]), dtype=torch.float32)
+        product(e[:rows], self.weight, dh)
+        torch.mul(dh, scale.unsqueeze(-1), out=self.dhidden[part])
+
+    def weight_gradient(self, part: slice, e: Tensor, scale: Tensor, factors: Tensor, t: float):
+        """Adds dW and db of dlogits = scale x e. `e` has EXTRA rows, which give back what rounding
+        the scaled hidden states took from all columns alike: without them nearly equal logits have
+        a fifth more error than eager bfloat16, with them no more."""
+        w, first, rows = self.weight, part.start == 0, part.stop - part.start
         if self.need_bias:
-            # a column sum as a product that reads e once: the factors in three 16-bit pieces
-            pieces = [factors.to(e.dtype)]
-            for _ in range(2):
-                pieces.append((factors - sum(p.float() for p in pieces)).to(e.dtype))
-            pieces = torch.cat([*pieces, factors.new_zeros((len(factors), 5)).to(e.dtype)], 1)
-            db = e.new_empty((e.shape[1], 8), dtype=torch.float32)
-            product(e.T, pieces, db)
+            # a column sum as a product that reads e once: the scale in three 16-bit pieces
+            pieces, left = [], scale
+            for _ in range(3):
+                pieces.append(left.to(e.dtype))
+                left = left - pieces[-1].float()
+            zero = torch.zeros_like(pieces[0])
+            db = e.new_empty((len(w), 8), dtype=torch.float32)
+            product(e[:rows].T, torch.stack([*pieces, *[zero] * 5], 1), db)
             self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
-        if self.need_hidden:
-            if first:
-                self.dhidden = torch.empty_like(self.hidden)
-            dh = e.new_empty(h.shape, dtype=torch.float32)
-            product(e, w, dh)
-            torch.mul(dh, factors, out=self.dhidden[part])
-        if self.need_weight:
-            if first:
-                alone = part.stop == self.count
-                self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
-            scaled = torch.empty_like(h)
-            torch.mul(h, factors, out=scaled)
-            product(e.T, scaled, self.dweight, not first)
+        if not self.need_weight:
+            return
+        if first:
+            alone = part.stop == self.count
+            self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
+        e[rows:].zero_()
+        e[rows] = 1.0 if self.bias is None else self.bias.isfinite()
+        means = torch.where(factors == 0, 0.0, -1.0 / (factors * (t * len(w))))  # of e's rows
+        scaled = operator("cuda", "linear_scale")(self.rows_of(part), scale, means)
+        product(e.T, scaled, self.dweight, not first)
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
@@ -273,15 +283,15 @@ class Head:
         return tuple(out)
 
 
-@torch.library.register_fake("klq::linear_stats")
-def _(hidden, weight, bias, actions, mask, t, cap, entropy):
+@torch.library.register_fake("klq::linear_rows_")
+def _(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
     rows = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    return rows, rows.new_empty((3, *rows.shape)), rows.new_empty(rows.shape if entropy else (0,))
+    return rows, torch.empty_like(rows), rows.new_empty(rows.shape if entropy else (0,))
 
 
-@torch.library.register_fake("klq::linear_exponentials_")
-def _(exponentials, hidden, weight, bias, actions, mask, t, cap):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+@torch.library.register_fake("klq::linear_scale")
+def _(hidden, factors, means):
+    return hidden.new_empty((hidden.shape[0] + EXTRA, hidden.shape[1]))
 
 
 @torch.library.register_fake("klq::klq_loss_tokens")

@@ -232,11 +232,12 @@ def forward(
         a, v, ref, g, w = (None if x is None else x[part] for x in picked)
         if head.ours:
             e = head.room(part)
-            logprobs, factors = head.exponentials(e, part, a, t, cap)
+            logprobs, factors = head.exponentials(part, a, t, cap, e)
             part_loss, part_stats, coefficients, dvalues[part] = operator(
                 backend, "klq_loss_tokens"
             )(logprobs, v, ref, g, tau, use, w, normalizer)
-            head.backward_exponentials(part, e, coefficients * factors)
+            head.hidden_gradient(part, e, coefficients * factors)
+            head.weight_gradient(part, e, coefficients * factors, factors, t)
         else:
             logits = head.logits(part)
             if shard is None:

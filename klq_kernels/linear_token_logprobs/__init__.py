@@ -9,7 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import Head, pitch
+from klq_kernels._linear_head import EXTRA, Head, pitch
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
@@ -157,7 +157,7 @@ def forward(
     shard=None,
 ):
     """Log-probs, (max, rest, z_a) of the rows that met the head, and what is kept of the first:
-    their logits, or their exponentials, whose factors then stand in row_stats[0]."""
+    their logits; or their exponentials, whose factors then stand in row_stats[0]."""
     tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
@@ -165,7 +165,9 @@ def forward(
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=dtype)
     row_stats = hidden.new_empty((3, head.count), dtype=dtype)
-    kept = hidden.new_empty(_kept(head.count, weight, head.dtype, keep_bytes), dtype=head.dtype)
+    keep, width = _kept(head.count, weight, head.dtype, keep_bytes)
+    kept = hidden.new_empty((keep + EXTRA, width), dtype=head.dtype)
+    kept[keep:].zero_(), kept[:, weight.shape[0] :].zero_()
     token_logprobs = operator(backend, "token_logprobs")
 
     def run(part: slice, out: Tensor | None) -> None:
@@ -175,24 +177,22 @@ def forward(
             made = tp.merge(made[1], actions[part], use, shard.group)
         logprobs[part], row_stats[:, part] = made
 
-    for part in head.parts(0, len(kept)):
-        out = kept[part, : weight.shape[0]]
-        if head.ours:
-            made = head.exponentials(out, part, actions[part], t, cap)
-            logprobs[part], row_stats[0, part] = made
-        else:
-            run(part, out)
     if head.ours:
-        for part in head.parts_to_sum(len(kept)):
-            logprobs[part], row_stats[:, part], _ = head.sums(part, actions[part], t, cap)
+        for part in head.parts_to_sum(0, keep):
+            out = kept[part, : weight.shape[0]]
+            logprobs[part], row_stats[0, part] = head.exponentials(part, actions[part], t, cap, out)
+        for part in head.parts_to_sum(keep):
+            logprobs[part] = head.sums(part, actions[part], t, cap)[0]
     else:
-        for part in head.parts(len(kept)):
+        for part in head.parts(0, keep):
+            run(part, kept[part, : weight.shape[0]])
+        for part in head.parts(keep):
             run(part, None)
     return rows.poison(rows.put(logprobs, tokens)), row_stats, kept
 
 
 def _kept(count: int, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> tuple[int, int]:
-    """Shape of what is kept."""
+    """Rows that are kept, and elements from one to the next."""
     width = pitch(weight.shape[0])
     return min(count, keep_bytes // (width * dtype.itemsize)), width
 
@@ -226,25 +226,29 @@ def backward(
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     actions = tp.local(shard, rows.take(actions))
     grad = rows.poison(rows.take(grad))
+    keep, vocabulary = len(kept) - EXTRA, weight.shape[0]
     if head.ours:
         grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
-        for part in head.parts(0, len(kept)):
-            e, factors = kept[part, : weight.shape[0]], row_stats[0, part]
-            head.backward_exponentials(part, e, grad[part] * factors)
-        for part in head.parts(len(kept)):
+        if keep:
+            e, factors = kept[:, :vocabulary], row_stats[0, :keep]
+            for part in head.parts_to_sum(0, keep):
+                head.hidden_gradient(part, e[part], grad[part] * factors[part])
+            head.weight_gradient(slice(0, keep), e, grad[:keep] * factors, factors, t)
+        for part in head.parts(keep):
             e = head.room(part)
-            _, factors = head.exponentials(e, part, actions[part], t, cap)
-            head.backward_exponentials(part, e, grad[part] * factors)
+            _, factors = head.exponentials(part, actions[part], t, cap, e)
+            head.hidden_gradient(part, e, grad[part] * factors)
+            head.weight_gradient(part, e, grad[part] * factors, factors, t)
         return head.gradients()
     token_logprobs_backward = operator(backend, "token_logprobs_backward")
     token_logprobs_backward_ = operator(backend, "token_logprobs_backward_")
-    for part in head.parts(0, len(kept)):
+    for part in head.parts(0, keep):
         rest = actions[part], head.mask(part), row_stats[:, part], t, cap
-        logits = kept[part, : weight.shape[0]]
+        logits = kept[part, :vocabulary]
         dlogits = token_logprobs_backward(grad[part], logits, *rest)
         head.backward(part, dlogits)
         del dlogits  # before the next is made
-    for part in head.parts(len(kept)):
+    for part in head.parts(keep):
         rest = actions[part], head.mask(part), row_stats[:, part], t, cap
         logits = head.logits(part)
         token_logprobs_backward_(logits, grad[part], *rest)
@@ -256,10 +260,11 @@ def backward(
 def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes, keep):
     rows = actions.shape[0] if num_active is None or mask is None else num_active
     dtype, kept = check.wide(hidden), logits_dtype or hidden.dtype
+    keep, width = _kept(rows, weight, kept, keep)
     return (
         hidden.new_empty(actions.shape, dtype=dtype),
         hidden.new_empty((3, rows), dtype=dtype),
-        hidden.new_empty(_kept(rows, weight, kept, keep), dtype=kept),
+        hidden.new_empty((keep + EXTRA, width), dtype=kept),
     )
 
 

@@ -185,7 +185,7 @@ def backward_kernel(
     active = is_active(mask, i)
     action, _ = column(tl.load(actions + i).to(tl.int64), width)
     row = row_at(logits, i, inner, near, far, UNIT)
-    to = out + i * (width // OUT_UNIT) * OUT_UNIT
+    to = row if picked is not None else out + i * (width // OUT_UNIT) * OUT_UNIT
     z = tl.load(row_stats + i)
     top = z / inverse_t if KIND else z
     rest = tl.load(row_stats + rows + i)

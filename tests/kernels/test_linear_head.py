@@ -115,10 +115,14 @@ def test_keep_bytes_changes_no_number(device, backend, dtype, keep):
     for _ in range(2):
         got = torch.autograd.grad(kept, (x, y), v, retain_graph=True)
         for g, t in zip(got, want, strict=True):
-            if backend == "triton":  # where a chunk ends does not change its rows, only its sums
-                torch.testing.assert_close(g, t, rtol=2**-7, atol=2**-20 * float(t.abs().max()))
-            else:
-                torch.testing.assert_close(g, t, rtol=1e-5, atol=1e-5 * float(t.abs().max()))
+            # where a chunk ends does not change its rows, only the sums over them
+            most = (
+                {"rtol": 1e-5, "atol": 1e-5}
+                if dtype == torch.float32
+                else {"rtol": 2**-7, "atol": 2**-10}
+            )
+            most["atol"] *= float(t.abs().max())
+            torch.testing.assert_close(g, t, **most)
 
 
 @places
