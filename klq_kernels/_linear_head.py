@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head over chunks of tokens, forward and backward.
 
-On Hopper the head's product is our own (csrc/cuda/gemm.cuh), which sums up rows while they are in
-registers, in float32, whatever the logits' dtype: without a gradient no logits are stored at all,
-and with one, exponentials in their place, from which the gradients are plain products. Everywhere
-else the products are the library's and row kernels run between them.
+Logits wanted in float32 cost nothing on Hopper: there the head's product is our own
+(csrc/cuda/gemm.cuh), which sums up rows while they are in registers. Without a gradient no logits
+are stored at all, and with one, exponentials in their place, from which the gradients are plain
+products. Everywhere else the products are the library's and row kernels run between them.
 
 A chunk's logits fit in `chunk_bytes` and live in one buffer, which the row kernels read and, where
 a gradient is made, overwrite with it. No tensor of size tokens x vocabulary ever exists. The
@@ -36,11 +36,12 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def ours(backend: str, hidden: Tensor, weight: Tensor) -> bool:
+def ours(backend: str, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> bool:
     """Whether our own product takes this head: by device, types and layout of the weight, never by
     the number of tokens, so that log-probs of one model always come the same way."""
     return (
         backend != "triton"
+        and logits_dtype == torch.float32
         and hidden.is_cuda
         and hidden.dtype == torch.bfloat16  # of float16 the exponentials would overflow
         and "9.0a" in BUILD_INFO["archs"]
@@ -108,7 +109,7 @@ class Head:
     ):
         self.tokens, self.rows = hidden.shape[0], rows
         self.hidden, self.weight, self.bias = rows.take(hidden), weight, bias
-        self.ours = backend is not None and ours(backend, hidden, weight)
+        self.ours = backend is not None and ours(backend, hidden, weight, logits_dtype)
         if self.ours and not along_rows(self.hidden):
             self.hidden = self.hidden.contiguous().clone()  # a clone begins where it should
         self.count = self.hidden.shape[0]
@@ -176,8 +177,12 @@ class Head:
 
     def exponentials(self, part: slice, actions: Tensor, t: float, cap: float, out: Tensor):
         """(log-probs, factors) of a chunk; `out` times a factor a row is the gradient of the
-        log-probs by the logits (csrc/cuda/linear_rows.h)."""
+        log-probs by the logits (csrc/cuda/linear_rows.h). Rows of `out` beyond the chunk give back
+        what rounding the scaled hidden states will take from all columns alike."""
         h, use, e = self.rows_of(part), self.mask(part), out[: part.stop - part.start]
+        if len(out) > len(e):
+            out[len(e) :].zero_()
+            out[len(e)] = 1.0 if self.bias is None else self.bias.isfinite()
         linear_rows_ = operator("cuda", "linear_rows_")
         return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, e)[:2]
 
@@ -236,9 +241,7 @@ class Head:
         torch.mul(dh, scale.unsqueeze(-1), out=self.dhidden[part])
 
     def weight_gradient(self, part: slice, e: Tensor, scale: Tensor, factors: Tensor, t: float):
-        """Adds dW and db of dlogits = scale x e. `e` has EXTRA rows, which give back what rounding
-        the scaled hidden states took from all columns alike: without them nearly equal logits have
-        a fifth more error than eager bfloat16, with them no more."""
+        """Adds dW and db of dlogits = scale x e, which has EXTRA rows."""
         w, first, rows = self.weight, part.start == 0, part.stop - part.start
         if self.need_bias:
             # a column sum as a product that reads e once: the scale in three 16-bit pieces
@@ -255,8 +258,6 @@ class Head:
         if first:
             alone = part.stop == self.count
             self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
-        e[rows:].zero_()
-        e[rows] = 1.0 if self.bias is None else self.bias.isfinite()
         means = torch.where(factors == 0, 0.0, -1.0 / (factors * (t * len(w))))  # of e's rows
         scaled = operator("cuda", "linear_scale")(self.rows_of(part), scale, means)
         product(e.T, scaled, self.dweight, not first)

@@ -88,8 +88,11 @@ def away_from_q(args: dict, scalars: dict) -> None:
     q = scalars["tau"] * (logprobs - args["ref_logprobs"].double()) + args["values"].double()
     residual = q - args["returns"].double()
     sign = torch.where(residual < 0, -1.0, 1.0)
-    far = q - sign * (residual.abs() + 2.0 * max(1.0, scalars["tau"]))
-    near = residual.abs() < 2.0 * max(1.0, scalars["tau"])
+    # also of the order of what it is a difference of: a log-prob is rounded to float32
+    most = torch.where(logprobs.isfinite(), logprobs.abs(), 0.0)
+    least = (scalars["tau"] * most).clamp(min=2.0 * max(1.0, scalars["tau"]))
+    far = q - sign * (residual.abs() + least)
+    near = residual.abs() < least
     args["returns"].copy_(torch.where(near, far, args["returns"].double()))
 
 

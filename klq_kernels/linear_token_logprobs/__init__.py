@@ -42,8 +42,8 @@ def linear_token_logprobs(
             which casts them as F.linear does. All three receive gradients.
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`. NaN in an
             inactive row of `hidden` reaches no result and no gradient.
-        logits_dtype: torch.float32 keeps the head's logits in float32; None: in hidden's dtype, or
-            in float32 where that costs nothing (bfloat16 heads on Hopper).
+        logits_dtype: torch.float32 keeps the head's logits in float32, which for bfloat16 heads on
+            Hopper takes neither time nor memory; None: in hidden's dtype.
         num_active: number of active tokens, when the caller knows it: only these meet the head,
             without a synchronisation. More is allowed; fewer makes every result NaN.
         chunk_bytes: bound on the logits held at a time (default 512 MiB). Beyond results and what
@@ -164,10 +164,12 @@ def forward(
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=dtype)
-    row_stats = hidden.new_empty((3, head.count), dtype=dtype)
-    keep, width = _kept(head.count, weight, head.dtype, keep_bytes)
-    kept = hidden.new_empty((keep + EXTRA, width), dtype=head.dtype)
+    row_stats = hidden.new_zeros((3, head.count), dtype=dtype)
+    kept_dtype = logits_dtype or hidden.dtype
+    keep, width = _kept(head.count, weight, kept_dtype, keep_bytes)
+    kept = hidden.new_empty((keep + EXTRA, width), dtype=kept_dtype)
     kept[keep:].zero_(), kept[:, weight.shape[0] :].zero_()
+    exponentials = kept.view(hidden.dtype)[:, : weight.shape[0]] if head.ours else None
     token_logprobs = operator(backend, "token_logprobs")
 
     def run(part: slice, out: Tensor | None) -> None:
@@ -179,7 +181,8 @@ def forward(
 
     if head.ours:
         for part in head.parts_to_sum(0, keep):
-            out = kept[part, : weight.shape[0]]
+            last = part.stop == keep
+            out = exponentials[part.start :] if last else exponentials[part]
             logprobs[part], row_stats[0, part] = head.exponentials(part, actions[part], t, cap, out)
         for part in head.parts_to_sum(keep):
             logprobs[part] = head.sums(part, actions[part], t, cap)[0]
@@ -230,7 +233,7 @@ def backward(
     if head.ours:
         grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
         if keep:
-            e, factors = kept[:, :vocabulary], row_stats[0, :keep]
+            e, factors = kept.view(hidden.dtype)[:, :vocabulary], row_stats[0, :keep]
             for part in head.parts_to_sum(0, keep):
                 head.hidden_gradient(part, e[part], grad[part] * factors[part])
             head.weight_gradient(slice(0, keep), e, grad[:keep] * factors, factors, t)
