@@ -1,7 +1,9 @@
 # Two commands do everything on a fresh machine with Python 3.10+, gcc and make:
 #   make demo    a language model learns by KLQ, on the GPU when there is one
 #   make test    the whole test suite
+# make bench: every op of the CPU, naive against fused
 # make gpu, on a machine with an NVIDIA GPU: build for it, check every kernel on it, measure
+# make step: one iteration of the loop by phases, beside TRL's PPO in an environment of its own
 # make sanitize, there too: every kernel under compute-sanitizer
 # All set up .venv by themselves. PYTHON=python3 uses that interpreter and its packages instead.
 
@@ -10,7 +12,7 @@ PYTHON ?=
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 TOOLS ?= memcheck racecheck initcheck
 RUNS ?= runs
-OUT ?= benchmarks/results
+OUT ?= runs/bench
 WORKERS ?= 8
 
 ifeq ($(PYTHON),)
@@ -22,7 +24,7 @@ READY := in-place
 endif
 
 # demo and test: on a machine others use too, OMP_NUM_THREADS=1 avoids stalls between threads
-.PHONY: demo test bench gpu sanitize lint format in-place clean
+.PHONY: demo test bench step gpu sanitize lint format in-place clean
 
 demo: $(READY)
 	$(PY) -m klq.cli train --preset exact --output_dir $(RUNS)/exact --overwrite
@@ -32,14 +34,17 @@ test: $(READY) $(if $(PYTHON),,lint)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal --durations=10
 
 bench: $(READY)
-	$(PY) -m pytest -q benchmarks --benchmark-enable --benchmark-only --import-mode=importlib
+	$(PY) -m klq.cli bench --device cpu --out $(OUT)
+
+step: $(READY) .venv-trl/.ready
+	$(PY) -m benchmarks.step --trl .venv-trl/bin/python --out $(OUT)
 
 gpu: export KLQ_CUDA = 1
 gpu: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 gpu: $(READY) in-place
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal tests/kernels \
 	  --ignore=tests/kernels/test_triton_interpreter.py -k "cuda or triton or gpu"
-	$(PY) -m benchmarks.gpu --out $(OUT)
+	$(PY) -m klq.cli bench --device cuda --out $(OUT)
 
 # a cudaMalloc a tensor: in a cached block nothing ends where the tensor ends, nor begins unwritten
 sanitize: export KLQ_CUDA = 1
@@ -64,6 +69,12 @@ format: $(READY)
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install -q $(TORCH) "setuptools>=77" wheel pybind11 ninja
 	.venv/bin/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+# the last release with a PPO trainer; a torch of its own, or TORCH=...
+.venv-trl/.ready:
+	test -x .venv-trl/bin/python || $(or $(PYTHON),python3) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q $(TORCH) trl==1.12.0
 	touch $@
 
 in-place: $(if $(PYTHON),,$(READY))

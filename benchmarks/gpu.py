@@ -1,36 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our kernels and everyone else's on one GPU, in one process: `python -m benchmarks.gpu`.
+"""Our kernels and everyone else's on one GPU, in one process: `klq bench`.
 
-Ceilings first (copy and read rate), then every workload: a gate against float64, then all sides
-round robin, cold, with CUDA events. Leaves gpu.json (every sample) and gpu.md (the table, also
-printed last). benchmarks/README.md has the protocol. Exit code 1 if one of our results is wrong.
+Ceilings first (copy, read and product), then every workload: a gate against float64, then all sides
+round robin, cold, with CUDA events. Leaves `<date>-<gpu>.json` (every sample), `.md` (the table,
+also printed last) and figures. benchmarks/README.md has the protocol. Exit code 1 if one of our
+results is wrong.
 """
 
 import argparse
-import datetime
 import gc
-import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 
 import klq_kernels as klq
-from benchmarks import measure, peers
+from benchmarks import figures, measure, peers, runs, sweeps
+from benchmarks.clocks import Clocks
+from benchmarks.runs import output_of
 from benchmarks.workloads import WORKLOADS
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def output_of(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def card() -> dict[str, str]:
@@ -44,12 +33,9 @@ def card() -> dict[str, str]:
 def machine(seed: int) -> dict:
     import triton
 
-    here = ("git", "-C", str(Path(__file__).parent))
-    dirty = "+changes" if output_of(*here, "status", "--porcelain", "-uno") else ""
-    commit = output_of(*here, "rev-parse", "--short=12", "HEAD")
     p = torch.cuda.get_device_properties(0)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "date": runs.now(),
         "gpu": p.name,
         "multiprocessors": p.multi_processor_count,
         "l2_bytes": p.L2_cache_size,
@@ -57,7 +43,7 @@ def machine(seed: int) -> dict:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "build": klq.build_info(),
-        "commit": os.environ.get("KLQ_COMMIT") or (commit + dirty if commit else "unknown"),
+        "commit": runs.commit(),
         "seed": seed,
         "peers": peers.versions(),
     }
@@ -65,14 +51,16 @@ def machine(seed: int) -> dict:
 
 def ceilings(timer, rounds: int) -> dict:
     """Bytes a second: a copy of 2 GiB (read and write counted), and the better of two reductions
-    that read as much."""
+    that read as much. Operations a second: a bfloat16 product of 8192 x 8192 matrices."""
     source = torch.empty(512 << 20, device="cuda").normal_()
     target = torch.empty_like(source)
     size = source.numel() * source.element_size()
+    a, b, c = torch.empty(3, 8192, 8192, dtype=torch.bfloat16, device="cuda").normal_()
     work = {
         "copy": (lambda: target.copy_(source), 2 * size),
         "sum": (lambda: source.sum(), size),
         "amax": (lambda: source.amax(), size),
+        "matmul": (lambda: torch.mm(a, b, out=c), 2 * 8192**3),
     }
     for run, _ in work.values():
         run()
@@ -81,14 +69,15 @@ def ceilings(timer, rounds: int) -> dict:
         for name, (run, _) in work.items():
             samples[name].append(timer.sample("queued", run))
     rate = {name: work[name][1] / measure.quantile(x, 0.5) for name, x in samples.items()}
-    return {"copy": rate["copy"], "read": max(rate["sum"], rate["amax"]), "card": card()}
+    read = max(rate["sum"], rate["amax"])
+    return {"copy": rate["copy"], "read": read, "matmul": rate["matmul"], "card": card()}
 
 
 def run(only: list[str], quick: bool, timer, save) -> list[measure.Row]:
     """All rows; `save(ceilings, rows)` after every group, so that a run cut short leaves them."""
     rounds = 5 if quick else 25
     top = {"first": ceilings(timer, rounds)}
-    rates = "copy {copy:.3e} B/s, read {read:.3e} B/s, {card}"
+    rates = "copy {copy:.3e} B/s, read {read:.3e} B/s, matmul {matmul:.3e} FLOP/s, {card}"
     print(rates.format(**top["first"]), flush=True)
     rows = []
     for work in WORKLOADS:
@@ -117,23 +106,34 @@ def run(only: list[str], quick: bool, timer, save) -> list[measure.Row]:
 def heading(about: dict, top: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["peers"].items() if v != "not installed")
     first, last = top["first"], top.get("last", top["first"])
+    product = (
+        f", bfloat16 product {first['matmul'] / 1e12:.0f} TFLOP/s" if "matmul" in first else ""
+    )
     return (
         f"{about['gpu']}, driver {first['card'].get('driver_version')}, torch {about['torch']}, "
         f"Triton {about['triton']}, {about['date']}, commit {about['commit']}. bfloat16 unless "
         f"said, cold L2, medians. Floors: bytes over the copy rate of this run, "
         f"{first['copy'] / 1e12:.2f} TB/s ({last['copy'] / 1e12:.2f} at its end; read alone "
-        f"{first['read'] / 1e12:.2f}); of the linear ops, the matrix products. "
-        f"Peers: {versions}.\n\n"
+        f"{first['read'] / 1e12:.2f}){product}; of the linear ops, the matrix products. "
+        f"Peers: {versions}.
+
+"
     )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     names = list(dict.fromkeys(w.name for w in WORKLOADS))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="klq bench", description=__doc__)
     parser.add_argument("--only", help=f"comma-separated: {', '.join(names)}", default="")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json and gpu.md")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder of the results"
+    )
     parser.add_argument("--quick", action="store_true", help="first shapes, few rounds, no compile")
-    args = parser.parse_args()
+    parser.add_argument("--repeat", type=int, default=1, help="runs; rows that differ are marked")
+    parser.add_argument(
+        "--sweep", action="store_true", help="also over N, V, D, T and active share"
+    )
+    args = parser.parse_args(argv)
     only = [x for x in args.only.split(",") if x]
     if unknown := set(only) - set(names):
         parser.error(
@@ -147,16 +147,30 @@ def main() -> int:
         )
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
-    about = machine(seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    about, made = machine(seed), []
 
     def save(top: dict, rows: list[measure.Row]) -> None:
-        found = {"machine": about, "ceilings": top, "rows": [r.as_dict() for r in rows]}
-        (args.out / "gpu.json").write_text(json.dumps(found, ensure_ascii=False) + "\n")
-        (args.out / "gpu.md").write_text(heading(about, top) + measure.table(rows))
+        found = {"machine": about, "ceilings": top, "clocks": clocks.samples()}
+        found["rows"] = [r.as_dict() for r in rows]
+        save.path = runs.save(args.out, found, heading(about, top) + measure.table(rows))
+        save.found = found
 
-    rows = run(only, args.quick, measure.CudaTimer(), save)
-    print("\n" + (args.out / "gpu.md").read_text())
+    with Clocks() as clocks:
+        for _ in range(args.repeat):
+            rows = run(only, args.quick, measure.CudaTimer(), save)
+            made.append(save.found)
+        spread = runs.spreads(made) if args.repeat > 1 else {}
+        for r in rows:
+            r.spread = spread.get((r.op, r.shape, r.side, r.kind))
+        top = save.found["ceilings"]
+        save(top, rows)
+        if args.sweep:
+            save.found["sweeps"] = sweeps.run(
+                "cuda", {**top["first"], "matmul bfloat16": top["first"]["matmul"]}, only
+            )
+            runs.save(args.out, save.found, heading(about, top) + measure.table(rows))
+    drawn = figures.draw(save.found, save.path.with_suffix(""))
+    print("", save.path.with_suffix(".md").read_text(), save.path, *drawn, sep="\n")
     bad = [r for r in rows if r.status in ("wrong", "failed") and measure.is_ours(r.side)]
     return 1 if bad else 0
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+UNSTABLE = 0.05  # medians of two runs on a GPU
+
 
 class Absent(Exception):
     """Why a side cannot run here: no such kernel, package not installed."""
@@ -79,6 +81,7 @@ class Row:
     samples: list[float] = field(default_factory=list)  # seconds a call
     floor: float | None = None  # seconds
     bars: list[dict] = field(default_factory=list)
+    spread: float | None = None  # between runs: longest median over the shortest, less 1
 
     @property
     def median(self) -> float:
@@ -273,7 +276,8 @@ def _verdict(row: Row) -> str:
             return f"{verdict}: {b['is'] / 2**30:.2f} ≤ {b['limit'] / 2**30:.2f} GiB"
         return f"{verdict}: {b['is']:.3g} ≤ {b['limit']:.3g} " + unit.get(b["of"], f"× {b['of']}")
 
-    return "; ".join(map(said, row.bars))
+    moved = [f"**unstable**: ± {row.spread:.0%}"] if (row.spread or 0.0) > UNSTABLE else []
+    return "; ".join(moved + [said(b) for b in row.bars])
 
 
 def is_ours(side: str) -> bool:
@@ -318,7 +322,7 @@ def table(rows: list[Row], ours: tuple[str, ...] = ("cuda", "triton")) -> str:
                 (f"{of[k].median * 1e6:.2f}" if of[k].samples else _word(of[k])) if k in of else ""
                 for k in kinds
             ]
-            bars = "; ".join(f"{r.kind} {_verdict(r)}" for r in of.values() if r.bars)
+            bars = "; ".join(f"{r.kind} {v}" for r in of.values() if (v := _verdict(r)))
             out.append(_cells((*key, f"{any_row.floor * 1e6:.2f}", *times, bars)))
         out.append("")
     reasons: dict[str, list[str]] = {}

@@ -1,101 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels against eager PyTorch on the CPU, in one process: `make bench`.
+"""Every op of the registry, naive against fused, by pytest-benchmark: `make bench`, `klq bench`.
 
-The eager side is the shortest code people write, not our references, which also handle masks, bans
-and bad ids. Read the `Min` column: on shared machines the minimum of the rounds is what repeats.
+A side that fails the gate has no number. `extra_info` has the least traffic and work, the rate
+that makes, the floor by this machine's ceilings (measured first), memory beyond the inputs, and
+`x_naive`: how many times shorter the minimum is than the faster naive side's. On shared machines
+the minimum of the rounds is what repeats.
 """
 
 import pytest
 import torch
 
-import klq_kernels as klq
+from benchmarks import jobs, measure
 
-ROWS = 512, 50304  # tokens, vocabulary
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SECONDS, FEWEST, MOST = 0.8, 5, 1000  # of rounds a side
+
+ALL = [(job, side) for job in jobs.jobs(DEVICE) for side in job.sides]
+shortest: dict[str, float] = {}  # the faster naive side of a group
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def batch(request):
+@pytest.fixture(scope="module", autouse=True)
+def ceilings():
     torch.manual_seed(0)
-    n, v = ROWS
-    return {
-        "logits": torch.randn(n, v).to(request.param).requires_grad_(),
-        "actions": torch.randint(v, (n,)),
-        "values": torch.randn(n, requires_grad=True),
-        "ref_logprobs": -torch.rand(n) - 1,
-        "returns": torch.randn(n),
-    }
+    return jobs.ceilings(DEVICE)
 
 
-def eager_logprobs(logits, actions):
-    return torch.log_softmax(logits.float(), -1).gather(-1, actions[:, None]).squeeze(-1)
+@pytest.mark.parametrize(("job", "side"), ALL, ids=[jobs.label(j, s) for j, s in ALL])
+def test_op(benchmark, ceilings, job, side):
+    benchmark.group = f"{job.op}, {job.shape}"
+    run = jobs.call(job, jobs.given(job).inputs, side, jobs.given(job).upstream)
+    got = run()
+    why = measure.wrong(jobs.checks(job, side, got))
+    assert why is None, why
+    del got
+    least = jobs.cost(job)
+    floor = jobs.floor(job, least, ceilings)
+    extra = jobs.extra_bytes(DEVICE, run)
+    about = {"op": job.op, "shape": job.shape, "side": side, "device": DEVICE, "floor": floor}
+    about |= {"bytes": least.bytes, "flops": least.flops, "extra_bytes": extra}
+    benchmark.extra_info.update(about)
 
+    def timed():
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
-def eager_loss(logits, actions, values, ref_logprobs, returns, tau):
-    q = tau * (eager_logprobs(logits, actions) - ref_logprobs) + values
-    return (q - returns).square().mean()
-
-
-def klq_loss(*, tau, **batch):
-    return klq.klq_loss(**batch, tau=tau).loss
-
-
-@pytest.mark.parametrize("side", [eager_logprobs, klq.token_logprobs], ids=["eager", "klq"])
-def test_token_logprobs(benchmark, batch, side):
-    logits, actions = batch["logits"].detach(), batch["actions"]
-    benchmark.group = f"token_logprobs forward, {ROWS}, {logits.dtype}"
-    result = benchmark.pedantic(side, (logits, actions), rounds=15, warmup_rounds=2)
-    truth = eager_logprobs(logits.double(), actions)
-    assert (result - truth).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("side", [eager_loss, klq_loss], ids=["eager", "klq"])
-def test_klq_loss(benchmark, batch, side):
-    benchmark.group = f"klq_loss forward + backward, {ROWS}, {batch['logits'].dtype}"
-
-    def step():
-        batch["logits"].grad = batch["values"].grad = None
-        loss = side(**batch, tau=0.05)
-        loss.backward()
-        return loss
-
-    loss = benchmark.pedantic(step, rounds=9, warmup_rounds=2)
-    truth = eager_loss(
-        **{k: x.double() for k, x in batch.items() if x.is_floating_point()}
-        | {"actions": batch["actions"]},
-        tau=0.05,
-    )
-    assert abs(loss.item() - truth.item()) < 1e-5
-
-
-def eager_returns(log_ratios, values, rewards, mask, tau, gamma=1.0, lam=0.95):
-    """The loop over time that trainers run: inactive tokens pass value and advantage on."""
-    q = tau * log_ratios + values
-    after, advantage, advantages = torch.zeros(len(q)), torch.zeros(len(q)), []
-    for t in reversed(range(q.shape[1])):
-        delta = rewards[:, t] + gamma * after - q[:, t]
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
-        after = torch.where(mask[:, t], values[:, t], after)
-        advantages.append(advantage)
-    advantages = torch.stack(advantages[::-1], 1)
-    return [torch.where(mask, x, 0.0) for x in (q, advantages, q + advantages)]
-
-
-def klq_returns(log_ratios, values, rewards, mask, tau):
-    return klq.lambda_returns(log_ratios, values, rewards, tau=tau, mask=mask)
-
-
-@pytest.mark.parametrize("side", [eager_returns, klq_returns], ids=["eager", "klq"])
-def test_lambda_returns(benchmark, side):
-    torch.manual_seed(0)
-    inputs = *torch.randn(3, 64, 1024), torch.rand(64, 1024) < 0.9
-    benchmark.group = "lambda_returns, (64, 1024), float32, 10 % masked"
-    result = benchmark.pedantic(
-        side,
-        inputs,
-        {"tau": 0.05},
-        rounds=15 if side is eager_returns else 300,
-        warmup_rounds=3,
-    )
-    truth = eager_returns(*(x.double() for x in inputs[:3]), inputs[3], tau=0.05)
-    for ours, exact in zip(result, truth, strict=True):
-        assert (ours - exact).abs().max() < 1e-4
+    # a first call has been made: this one is about as long as the next
+    rounds = min(MOST, max(FEWEST, int(SECONDS / jobs.best(run, 1, warm=0))))
+    benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
+    if benchmark.stats is None:  # --benchmark-disable: the gate alone
+        return
+    least_time = benchmark.stats.stats.min
+    if side in ("eager", "reference"):
+        shortest[benchmark.group] = min(shortest.get(benchmark.group, least_time), least_time)
+    elif benchmark.group in shortest:
+        benchmark.extra_info["x_naive"] = shortest[benchmark.group] / least_time
+    unit, amount = ("TFLOP/s", least.flops / 1e12) if job.spec.kind == "linear" else (
+        "GB/s", least.bytes / 1e9)  # fmt: skip
+    benchmark.extra_info |= {unit: amount / least_time, "x_floor": least_time / floor}

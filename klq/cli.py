@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `klq {train, plot, info}`.
+"""The command line: `klq {train, plot, bench, info}`.
 
 The flags of `klq train` are the fields of `KLQConfig`, the options of the chosen preset, and a few
 of its own. A YAML file holds the same names; flags win over the file, the file over the preset.
@@ -40,9 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     plot = commands.add_parser("plot", help="draw the curves of runs", allow_abbrev=False)
     plot.add_argument("runs", nargs="+", help="output directories of runs")
     plot.add_argument("-o", "--out", default="curves.png", help="image to write")
+    commands.add_parser("bench", help="measure the kernels: klq bench --help", add_help=False)
     commands.add_parser("info", help="versions, kernel backends, device")
 
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
     _add_train_flags(train, argv)
     known, unknown = parser.parse_known_args(argv)
     flags = vars(known)
@@ -246,6 +249,21 @@ def _plot(flags: dict[str, Any]) -> int:
     except (ValueError, OSError) as error:
         raise _Stop(error, 2) from error
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    """The suite lies beside this package in a checkout and is not installed: `benchmarks` is no
+    name to put on everybody's import path."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        print(
+            "klq: error: klq bench runs from a checkout, and this klq is installed without one: "
+            "clone the repository and `pip install --no-build-isolation -e .` there",
+            file=sys.stderr,
+        )
+        return 2
+    sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.__main__").main(argv)
 
 
 def _info(flags: dict[str, Any]) -> int:
