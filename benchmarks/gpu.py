@@ -115,9 +115,7 @@ def heading(about: dict, top: dict) -> str:
         f"said, cold L2, medians. Floors: bytes over the copy rate of this run, "
         f"{first['copy'] / 1e12:.2f} TB/s ({last['copy'] / 1e12:.2f} at its end; read alone "
         f"{first['read'] / 1e12:.2f}){product}; of the linear ops, the matrix products. "
-        f"Peers: {versions}.
-
-"
+        f"Peers: {versions}.\n\n"
     )
 
 
