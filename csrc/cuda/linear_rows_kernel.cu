@@ -8,7 +8,7 @@
 namespace klq::cuda {
 namespace {
 
-using Tile = Tiling<2, 192, true, 5, 2, 1>;
+using Tile = Tiling<2, 192, 5, 2>;
 
 // f(element, half, column) for all elements of a fragment: half 0 is row lane / 4, half 1 eight
 // further down, and columns count from the thread's first
@@ -80,7 +80,7 @@ struct RowTiles {
 
   __device__ __forceinline__ bool wanted() const { return !only_again || *to.again; }
 
-  template <class Tile, int N>
+  template <int N>
   __device__ __forceinline__ void finish(float (&c)[N], int row, int column, uint32_t staging,
                                          int lane) const {
     if (row >= rows || column >= columns) return;
@@ -158,7 +158,7 @@ struct RowTiles {
       to.pairs[at] = quad ? make_float2(top[1], sum[1]) : make_float2(top[0], sum[0]);
       if (WANTED == Wanted::moments) to.plain[at] = quad ? plain[1] : plain[0];
     }
-    if constexpr (kStores) out.template put<Tile::kStaging>(c, row, column, staging, lane);
+    if constexpr (kStores) out.put(c, row, column, staging, lane);
   }
 };
 
@@ -295,7 +295,7 @@ cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
   store.rows = rows.rows, store.columns = rows.columns, store.scale = rows.scale;
   if (store.kStores) {
     const Matrix out{args.exponentials, Vec<T>::kType, args.rows, args.columns, args.stride};
-    if (cudaError_t e = store.out.encode(out, Keep::normal)) return e;
+    if (cudaError_t e = store.out.encode(out)) return e;
   }
   const Matrix a{args.hidden, Vec<T>::kType, args.rows, args.depth, args.hidden_stride};
   const Matrix b{args.weight, Vec<T>::kType, args.columns, args.depth, args.weight_stride};

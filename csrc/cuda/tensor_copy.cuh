@@ -48,15 +48,10 @@ inline cudaError_t map_boxes(CUtensorMap* map, const Matrix& m, int box_rows, in
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// How long lines are to stay in L2.
-enum class Keep : int { normal, first_out, last_out };
-
-__device__ __forceinline__ uint64_t cache_policy(Keep keep) {
-  uint64_t normal, first, last;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
-  return keep == Keep::normal ? normal : keep == Keep::first_out ? first : last;
+__device__ __forceinline__ uint64_t normal_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
 }
 
 // The box that begins at (row, column), to address `to` of every block of the cluster that `mask`
@@ -82,28 +77,19 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& map, in
 __device__ __forceinline__ void copies_see_stores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// One group of copies out; ADD: onto what is there, for float.
-template <bool ADD>
+// One group of copies out.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, int row, int column,
                                           uint32_t from, uint64_t policy) {
-  if constexpr (ADD)
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group.L2::cache_hint"
-        " [%0, {%1, %2}], [%3], %4;" ::"l"(&map),
-        "r"(column), "r"(row), "r"(from), "l"(policy)
-        : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint"
-        " [%0, {%1, %2}], [%3], %4;" ::"l"(&map),
-        "r"(column), "r"(row), "r"(from), "l"(policy)
-        : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint"
+      " [%0, {%1, %2}], [%3], %4;" ::"l"(&map),
+      "r"(column), "r"(row), "r"(from), "l"(policy)
+      : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until at most PENDING of this thread's groups have yet to read shared memory.
-template <int PENDING>
+// Until all of this thread's groups have read shared memory.
 __device__ __forceinline__ void stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void stores_done() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

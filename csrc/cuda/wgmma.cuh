@@ -40,14 +40,12 @@ __device__ __forceinline__ void settle(float (&d)[N]) {
   for (int k = 0; k < N; ++k) asm volatile("" : "+f"(d[k])::"memory");
 }
 
-// Where an operand lies in shared memory: 128-byte rows in the 128-byte swizzle, 8 rows after 8.
-// Either rows of the operand, 64 deep (along); or rows of depth, 64 of the operand wide, and the
-// next 64 of the operand 8192 bytes on (ACROSS). Adding bytes / 16 moves it.
-template <bool ACROSS>
+// Where an operand lies in shared memory: 128-byte rows, 64 deep, in the 128-byte swizzle, 8 rows
+// after 8. Adding bytes / 16 moves it.
 __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
   constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;
-  constexpr uint64_t kLeading = uint64_t(ACROSS ? 8192 >> 4 : 1) << 16;
+  constexpr uint64_t kLeading = uint64_t(1) << 16;
   return kSwizzle128 | kEightRows | kLeading | ((address & 0x3ffff) >> 4);
 }
 
@@ -60,53 +58,27 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
   KLQ_D64                                                                              \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define KLQ_D128                                                                             \
-  KLQ_D96                                                                                    \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "     \
-  "%125, %126, %127"
 #define KLQ_F8(i)                                                                             \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define KLQ_F32(i) KLQ_F8(i), KLQ_F8(i + 8), KLQ_F8(i + 16), KLQ_F8(i + 24)
 #define KLQ_F64 KLQ_F32(0), KLQ_F32(32)
 #define KLQ_F96 KLQ_F64, KLQ_F32(64)
-#define KLQ_F128 KLQ_F96, KLQ_F32(96)
-// REGISTERS are operands 0 to n - 1, A, B, ADD, TA and TB the five that follow
-#define KLQ_WGMMA(N, TYPE, D, OPERANDS, A, B, ADD, TA, TB)                                   \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                   \
-               ", 0;\n"                                                                      \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" D "}, " A \
-               ", " B ", add, 1, 1, " TA ", " TB ";\n}"                                      \
-               : OPERANDS                                                                    \
-               : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)))
 
-// d = a b^T, or d + a b^T: 64 x 16 by N x 16. Runs on after its issue, until a wait.
-template <class T, bool A_ACROSS, bool B_ACROSS, int N>
-__device__ __forceinline__ void wgmma(float (&d)[N], uint64_t a, uint64_t b, bool add) {
-  constexpr bool kBrain = std::is_same_v<T, bf16>;
-  static_assert(N == 64 || N == 96 || N == 128, "columns are 128, 192 or 256");
-  if constexpr (N == 64 && kBrain)
-    KLQ_WGMMA("128", "bf16", KLQ_D64, KLQ_F64, "%64", "%65", "%66", "%67", "%68");
-  else if constexpr (N == 64)
-    KLQ_WGMMA("128", "f16", KLQ_D64, KLQ_F64, "%64", "%65", "%66", "%67", "%68");
-  else if constexpr (N == 96 && kBrain)
-    KLQ_WGMMA("192", "bf16", KLQ_D96, KLQ_F96, "%96", "%97", "%98", "%99", "%100");
-  else if constexpr (N == 96)
-    KLQ_WGMMA("192", "f16", KLQ_D96, KLQ_F96, "%96", "%97", "%98", "%99", "%100");
-  else if constexpr (kBrain)
-    KLQ_WGMMA("256", "bf16", KLQ_D128, KLQ_F128, "%128", "%129", "%130", "%131", "%132");
-  else
-    KLQ_WGMMA("256", "f16", KLQ_D128, KLQ_F128, "%128", "%129", "%130", "%131", "%132");
+// d = a b^T, or d + a b^T: 64 x 16 by 192 x 16, bfloat16. Runs on after its issue, until a wait.
+__device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" KLQ_D96
+      "}, %96, %97, add, 1, 1, 0, 0;\n}"
+      : KLQ_F96
+      : "l"(a), "l"(b), "r"(int(add)));
 }
 
-#undef KLQ_WGMMA
-#undef KLQ_F128
 #undef KLQ_F96
 #undef KLQ_F64
 #undef KLQ_F32
 #undef KLQ_F8
-#undef KLQ_D128
 #undef KLQ_D96
 #undef KLQ_D64
 
