@@ -35,11 +35,12 @@ __device__ __forceinline__ void add_bias(float (&c)[N], const T* bias, int colum
     }
 }
 
-__device__ __forceinline__ float over_quad(float x) {
+// unused where the product is not built
+[[maybe_unused]] __device__ __forceinline__ float over_quad(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
 }
-__device__ __forceinline__ float top_of_quad(float x) {
+[[maybe_unused]] __device__ __forceinline__ float top_of_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
