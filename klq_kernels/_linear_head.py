@@ -26,7 +26,7 @@ from klq_kernels._linear import Rows
 DEFAULT_CHUNK_BYTES = 512 << 20
 HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
-SUM_BYTES = 32 << 20  # of what the tiles of our product leave of a row
+SUM_BYTES = 32 << 20  # of float32 sums that are on their way into 16 bits, or to a row's result
 EXTRA = 8  # rows behind exponentials: csrc/cuda/linear_rows.h
 TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
 
@@ -193,6 +193,18 @@ class Head:
         for start in range(0, self.weight.shape[0], step):
             yield slice(start, start + step)
 
+    def times_weight(self, x: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
+        """out = x @ weight, or scale x that, through float32: of a few rows cuBLAS adds up partial
+        sums in the result's type."""
+        width = self.weight.shape[1]
+        for part in chunks(0, len(x), 4 * width, SUM_BYTES):
+            wide = x.new_empty((part.stop - part.start, width), dtype=torch.float32)
+            product(x[part], self.weight, wide)
+            if scale is None:
+                out[part] = wide
+            else:
+                torch.mul(wide, scale[part], out=out[part])
+
     def backward(self, part: slice, dlogits: Tensor) -> None:
         """Adds a chunk's gradients to those of hidden, weight and bias that are wanted."""
         h, w, first = self.rows_of(part), self.weight, part.start == 0
@@ -210,10 +222,7 @@ class Head:
                 for s in self.slices():
                     dh.addmm_(dlogits[:, s], w[s].float())
             elif w.dtype in HALVES and w.is_cuda:
-                # into float32: of a few rows cuBLAS adds up partial sums in the result's type
-                dh = w.new_empty((h.shape[0], w.shape[1]), dtype=torch.float32)
-                product(dlogits, w, dh)
-                self.dhidden[part] = dh
+                self.times_weight(dlogits, self.dhidden[part])
             else:
                 torch.mm(dlogits, w, out=self.dhidden[part])
         if self.need_weight:
@@ -235,10 +244,7 @@ class Head:
             return
         if self.dhidden is None:
             self.dhidden = torch.empty_like(self.hidden)
-        rows = part.stop - part.start
-        dh = e.new_empty((rows, self.weight.shape[1]), dtype=torch.float32)
-        product(e[:rows], self.weight, dh)
-        torch.mul(dh, scale.unsqueeze(-1), out=self.dhidden[part])
+        self.times_weight(e[: part.stop - part.start], self.dhidden[part], scale.unsqueeze(-1))
 
     def weight_gradient(self, part: slice, e: Tensor, scale: Tensor, factors: Tensor, t: float):
         """Adds dW and db of dlogits = scale x e, which has EXTRA rows."""
