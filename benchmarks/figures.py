@@ -12,13 +12,16 @@ of the numbers it was drawn from, so that a test sees one that is out of date.
 
 import argparse
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from benchmarks import measure, names, runs, tables
 from klq_kernels._registry import SPECS
@@ -209,7 +212,7 @@ def roofline_figure(found: dict) -> Figure:
         roof = [min(x * top["copy"], product or float("inf")) / 1e12 for x in knee]
         ax.plot(knee, roof, color="black", linewidth=1.5)
         text = f"copy {rate(top['copy'])}B/s"
-        ax.annotate(text, (low * 1.1, low * 2 * top["copy"] / 1e12), fontsize=9)
+        ax.annotate(text, (low * 1.1, low * 3 * top["copy"] / 1e12), fontsize=9)
         if product:
             text = f"product {rate(product)}FLOP/s"
             ax.annotate(text, (high / 1.2, product / 1e12), (0, 4), ha="right",
@@ -217,7 +220,8 @@ def roofline_figure(found: dict) -> Figure:
     ops = list(dict.fromkeys(op for op, _ in sorted(best)))
     for (op, side), (x, y) in sorted(best.items()):
         color = PALETTE[ops.index(op) % len(PALETTE)]
-        ax.plot(x, y / 1e12, **{**style(side, linestyle="", markersize=9), "color": color})
+        size = 7 if side == "triton" else 11  # both are seen where they coincide
+        ax.plot(x, y / 1e12, **{**style(side, linestyle="", markersize=size), "color": color})
     for i, op in enumerate(ops):
         ax.plot([], [], "s", color=PALETTE[i % len(PALETTE)], label=op)
     for side in dict.fromkeys(side for _, side in sorted(best)):
@@ -234,11 +238,14 @@ def roofline_figure(found: dict) -> Figure:
     return figure
 
 
+PAGE = 4096  # what the resident set of a process is counted in
+
+
 # --- sweeps ------------------------------------------------------------------------------------
 
 
 def sweeps_figure(found: dict) -> Figure:
-    """A column a sweep would be unreadable: a row each, time left and memory right."""
+    """A row a sweep: time left, against the floor, and memory right, against the results alone."""
     sweeps = found["sweeps"]
     figure = Figure(figsize=(WIDTH, 0.9 + 2.1 * len(sweeps)))
     axes = figure.subplots(len(sweeps), 2, squeeze=False)
@@ -256,14 +263,18 @@ def sweeps_figure(found: dict) -> Figure:
             how = style(side, linewidth=1.3, markersize=5)
             of = "median" if "gpu" in found["machine"] else "min"
             (handles[side],) = left.plot([x for x, _ in at], [r[of] * 1e3 for _, r in at], **how)
-            memory = [(x, r["extra_bytes"] / 2**20) for x, r in at if r.get("extra_bytes")]
+            memory = [(x, max(r["extra_bytes"], PAGE) / 2**20) for x, r in at if "extra_bytes" in r]
             right.plot([x for x, _ in memory], [y for _, y in memory], **how)
-        floor = [(p["at"], p["rows"][0]["floor"] * 1e3) for p in points]
-        (line,) = left.plot(*zip(*floor, strict=True), color="black", linestyle="--", linewidth=1)
+        dashed = {"color": "black", "linestyle": "--", "linewidth": 1}
+        at = [p["at"] for p in points]
+        (line,) = left.plot(at, [p["rows"][0]["floor"] * 1e3 for p in points], **dashed)
+        right.plot(at, [max(p["results_bytes"], PAGE) / 2**20 for p in points], **dashed)
         for ax, label in ((left, "ms"), (right, "MiB beyond inputs")):
             if sweep["axis"] != "active":
                 ax.set_xscale("log", base=2)
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter(FuncFormatter(plain))
+                ax.yaxis.set_minor_formatter(NullFormatter())
             else:
                 ax.set_ylim(bottom=0)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -286,35 +297,50 @@ def sweeps_figure(found: dict) -> Figure:
 
 
 def speed_figure(found: dict) -> Figure:
+    """A row an op and shape, a bar a dtype."""
     rows = [r for r in found["rows"] if "x_naive" in r]
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.23 * len(rows)))
-    ax = figure.subplots()
+    titles = list(dict.fromkeys((r["op"], r["shape"].split()[0]) for r in rows))
     colors = {"float32": "#0072B2", "bfloat16": "#E69F00"}
-    labels = []
-    for i, r in enumerate(rows):
-        dtype = r["shape"].split()[1]
-        color = colors.get(dtype, "#7F7F7F")
-        known = dtype in labels
-        ax.barh(i, r["x_naive"], color=color, label=None if known else dtype, height=0.75)
-        labels.append(dtype)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(titles)))
+    ax = figure.subplots()
+    for r in rows:
+        shape, dtype = r["shape"].split()
+        y = titles.index((r["op"], shape)) + (0.2 if dtype == "bfloat16" else -0.2)
+        ax.barh(y, r["x_naive"], color=colors[dtype], height=0.4)
+        if "x_naive_paged" in r:
+            ax.plot(r["x_naive_paged"], y, "D", color="white", markeredgecolor="black", ms=4)
         text = tables.number(r["x_naive"])
-        ax.annotate(text, (r["x_naive"], i), (3, 0), textcoords="offset points", va="center",
-                    fontsize=8)  # fmt: skip
-    titles = [f"{r['op']}  {r['shape'].split()[0]}" for r in rows]
-    ax.set_yticks(range(len(rows)), titles, fontsize=8)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+        right = max(1.0, r["x_naive"], 1.08 * r.get("x_naive_paged", 0.0))
+        ax.annotate(text, (right, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set_yticks(range(len(titles)), [f"{op}  {shape}" for op, shape in titles], fontsize=8)
+    ax.set_ylim(len(titles) - 0.4, -0.6)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(plain))
     ax.axvline(1, color="black", linewidth=1)
     ax.margins(x=0.08)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("time of the faster naive side ÷ klq C++ (log scale); more is better")
-    ax.set_title(machine_line(found), fontsize=9)
+    figure.suptitle(machine_line(found), fontsize=10)
+    for dtype, color in colors.items():
+        ax.barh(0, 0, color=color, label=dtype)
+    paged = "memory given back\nbetween calls (default)"
+    ax.plot([], [], "D", color="white", markeredgecolor="black", ms=4, label=paged)
     ax.legend(loc="lower right")
     return figure
 
 
 # --- files -------------------------------------------------------------------------------------
+
+
+def write(figure: Figure, path: Path, hashed: str) -> None:
+    """With a palette of 256 colours, a quarter of the bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    info = PngInfo()
+    info.add_text("Source", hashed)
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        path, optimize=True, pnginfo=info
+    )
 
 
 def draw(found: dict, stem: Path) -> list[Path]:
@@ -332,7 +358,7 @@ def draw(found: dict, stem: Path) -> list[Path]:
         paths = []
         for name, figure in made:
             path = stem.with_name(f"{stem.name}-{name}.png")
-            figure.savefig(path, metadata={"Source": source(found)})
+            write(figure, path, source(found))
             paths.append(path)
     return paths
 

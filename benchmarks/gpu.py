@@ -21,6 +21,8 @@ from benchmarks.clocks import Clocks
 from benchmarks.runs import output_of
 from benchmarks.workloads import WORKLOADS
 
+ROUNDS = 25
+
 
 def card() -> dict[str, str]:
     """The driver and what the card is doing, empty without nvidia-smi."""
@@ -75,7 +77,7 @@ def ceilings(timer, rounds: int) -> dict:
 
 def run(only: list[str], quick: bool, timer, save) -> list[measure.Row]:
     """All rows; `save(ceilings, rows)` after every group, so that a run cut short leaves them."""
-    rounds = 5 if quick else 25
+    rounds = 5 if quick else ROUNDS
     top = {"first": ceilings(timer, rounds)}
     rates = "copy {copy:.3e} B/s, read {read:.3e} B/s, matmul {matmul:.3e} FLOP/s, {card}"
     print(rates.format(**top["first"]), flush=True)

@@ -184,8 +184,7 @@ def checks(job: Job, side: str, got: list[Tensor]) -> dict[str, Check]:
     alone = call(job, made.few, side, made.upstream_of(made.some))()
     # eager code gives no statistics of its loss: results from the front, gradients from the back
     grads = len(gradients(job, made.inputs))
-    results = len(got) - grads
-    index = [*range(results), *range(len(made.truth) - grads, len(made.truth))]
+    index = [*range(len(got) - grads), *range(len(made.truth) - grads, len(made.truth))]
     found = {}
     for x, y, i in zip(got, alone, index, strict=True):
         t, p = made.truth[i], made.plain[i]
@@ -208,14 +207,18 @@ def gradients(job: Job, inputs: dict) -> list[str]:
     return [n for n in job.spec.grads if n in inputs] if job.way == "step" else []
 
 
+def results(job: Job) -> list[Tensor]:
+    """Shapes and dtypes of a call's results and gradients, without data."""
+    return [
+        x.new_empty((job.size[0][0], *x.shape[1:]) if per_row(job, x) else x.shape, device="meta")
+        for x in given(job).plain
+    ]
+
+
 def cost(job: Job) -> Cost:
     """Least bytes and operations of one call; rows that are masked are not read."""
-    inputs, plain = given(job).inputs, given(job).plain
-    results = [
-        x.new_empty((job.size[0][0], *x.shape[1:]), device="meta") if per_row(job, x) else x
-        for x in plain[: len(plain) - len(gradients(job, inputs))]
-    ]
-    c = job.spec.cost(inputs, results)
+    inputs, made = given(job).inputs, results(job)
+    c = job.spec.cost(inputs, made[: len(made) - len(gradients(job, inputs))])
     moved, work = c.bytes, c.flops
     if job.way == "step":
         moved, work = moved + c.backward_bytes, work + c.backward_flops
@@ -277,8 +280,23 @@ def floor(job: Job, least: Cost, top: dict[str, float]) -> float:
     """Seconds: traffic over the copy rate; where there are products, their work over the rate of a
     product in the same dtype if that is longer."""
     moved = least.bytes / top["copy"]
-    rate = top[f"matmul {str(job.dtype).removeprefix('torch.')}"]
-    return max(moved, least.flops / rate) if job.spec.kind == "linear" else moved
+    if job.spec.kind != "linear":
+        return moved
+    return max(moved, least.flops / top[f"matmul {str(job.dtype).removeprefix('torch.')}"])
+
+
+def keep_memory(keep: bool) -> None:
+    """On a CPU, under glibc: freed memory stays with the process, or goes back (the default).
+
+    The default unmaps every block of 32 MiB and more, and pages it in again at the next call: on
+    two cores of an EPYC eager log-probs of 512 x 50304 took 35 ms in place of 11, and swung by half
+    from run to run (2026-11-25). Times are taken with memory kept, the best case of naive code;
+    memory is counted with what goes back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: blocks with a mapping of their own
+        mallopt(-1, 2**31 - 1 if keep else 128 * 1024)  # M_TRIM_THRESHOLD
 
 
 def extra_bytes(device: str, run: Callable) -> int | None:
@@ -292,6 +310,7 @@ def extra_bytes(device: str, run: Callable) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
+        keep_memory(False)
         ctypes.CDLL(None).malloc_trim(0)  # or a call is given memory that is resident already
         Path("/proc/self/clear_refs").write_text("5")  # the high water mark falls to what is there
         before = _status("VmRSS")
@@ -299,6 +318,8 @@ def extra_bytes(device: str, run: Callable) -> int | None:
         return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError):
         return None
+    finally:
+        keep_memory(True)
 
 
 def _status(name: str) -> int:

@@ -79,16 +79,19 @@ def point(sweep: Sweep, at: int, device: str, timer, top: dict[str, float], roun
             jobs.group(job, "queued" if device == "cuda" else "call"), timer, rounds, top["copy"]
         )
         floor = jobs.floor(job, jobs.cost(job), top)
+        needed = sum(x.numel() * x.element_size() for x in jobs.results(job))
     except torch.OutOfMemoryError as error:
         return {"at": at, "failed": str(error).split("\n")[0]}
     for row in rows:
         row.floor = floor
-    return {"at": at, "shape": job.shape, "rows": [r.as_dict() for r in rows]}
+    found = [r.as_dict() for r in rows]
+    return {"at": at, "shape": job.shape, "results_bytes": needed, "rows": found}
 
 
 def run(device: str, top: dict[str, float], only: list[str], timer=None, rounds=9) -> list[dict]:
     """All sweeps of a device; `top` holds bytes a second ("copy") and operations a second of a
     product ("matmul float32", "matmul bfloat16")."""
+    jobs.keep_memory(True)
     timer = timer or (measure.CudaTimer() if device == "cuda" else CpuTimer())
     found = []
     for sweep in sweeps(device):
