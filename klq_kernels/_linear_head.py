@@ -27,7 +27,6 @@ DEFAULT_CHUNK_BYTES = 512 << 20
 HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
 SUM_BYTES = 32 << 20  # of float32 sums that are on their way into 16 bits, or to a row's result
-EXTRA = 8  # rows behind exponentials: csrc/cuda/linear_rows.h
 TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
 
 
@@ -126,19 +125,22 @@ class Head:
             self.bytes_a_logit += hidden.dtype.itemsize
         self.buffer = None
         self.dhidden = self.dweight = self.dbias = None
-        self.safe: tuple[int, Tensor] | None = None
+        self.safe: tuple[slice, Tensor] | None = None
+        self.whole = False  # ranks that do not know each other's widths must cut alike: not at all
 
     def parts(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
         end = self.count if end is None else end
+        if self.whole:
+            return iter([slice(first, end)] if end > first else [])
         return chunks(first, end, self.weight.shape[0] * self.bytes_a_logit, self.chunk_bytes)
 
     def rows_of(self, part: slice) -> Tensor:
         """Hidden rows of a chunk; NaN in inactive ones must meet neither product."""
         if self.rows.mask is None:
             return self.hidden[part]
-        if self.safe is None or self.safe[0] != part.start:
+        if self.safe is None or self.safe[0] != part:
             use = self.rows.mask[part].unsqueeze(-1)
-            self.safe = part.start, torch.where(use, self.hidden[part], 0.0)
+            self.safe = part, torch.where(use, self.hidden[part], 0.0)
         return self.safe[1]
 
     def mask(self, part: slice) -> Tensor | None:
@@ -157,16 +159,15 @@ class Head:
         return out if b is None else out.add_(b)
 
     def room(self, part: slice) -> Tensor:
-        """The buffer, as long as a chunk, and EXTRA rows longer for exponentials."""
+        """The buffer, as long as a chunk."""
         rows, vocabulary = part.stop - part.start, self.weight.shape[0]
-        rows += EXTRA if self.ours else 0
         if self.buffer is None:  # the first chunk is the longest
             self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
         return self.buffer[:rows, :vocabulary]
 
     def parts_to_sum(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
         """Chunks for our product where their logits need no room."""
-        tiles = self.weight.shape[0] // 128 + 1
+        tiles = self.weight.shape[0] // 192 + 1  # csrc/cuda/linear_rows_kernel.cu
         return chunks(first, self.count if end is None else end, tiles * 12, SUM_BYTES)
 
     def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
@@ -177,14 +178,10 @@ class Head:
 
     def exponentials(self, part: slice, actions: Tensor, t: float, cap: float, out: Tensor):
         """(log-probs, factors) of a chunk; `out` times a factor a row is the gradient of the
-        log-probs by the logits (csrc/cuda/linear_rows.h). Rows of `out` beyond the chunk give back
-        what rounding the scaled hidden states will take from all columns alike."""
-        h, use, e = self.rows_of(part), self.mask(part), out[: part.stop - part.start]
-        if len(out) > len(e):
-            out[len(e) :].zero_()
-            out[len(e)] = 1.0 if self.bias is None else self.bias.isfinite()
+        log-probs by the logits (csrc/cuda/linear_rows.h)."""
+        h, use = self.rows_of(part), self.mask(part)
         linear_rows_ = operator("cuda", "linear_rows_")
-        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, e)[:2]
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, out)[:2]
 
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for what needs float32 copies of the operands."""
@@ -244,11 +241,12 @@ class Head:
             return
         if self.dhidden is None:
             self.dhidden = torch.empty_like(self.hidden)
-        self.times_weight(e[: part.stop - part.start], self.dhidden[part], scale.unsqueeze(-1))
+        self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
 
-    def weight_gradient(self, part: slice, e: Tensor, scale: Tensor, factors: Tensor, t: float):
-        """Adds dW and db of dlogits = scale x e, which has EXTRA rows."""
-        w, first, rows = self.weight, part.start == 0, part.stop - part.start
+    def weight_gradient(self, part: slice, e: Tensor, scale: Tensor) -> None:
+        """Adds dW and db of dlogits = scale x e. The scaled hidden states are rounded: one rounding
+        more than a stored gradient has."""
+        w, first = self.weight, part.start == 0
         if self.need_bias:
             # a column sum as a product that reads e once: the scale in three 16-bit pieces
             pieces, left = [], scale
@@ -257,15 +255,16 @@ class Head:
                 left = left - pieces[-1].float()
             zero = torch.zeros_like(pieces[0])
             db = e.new_empty((len(w), 8), dtype=torch.float32)
-            product(e[:rows].T, torch.stack([*pieces, *[zero] * 5], 1), db)
+            product(e.T, torch.stack([*pieces, *[zero] * 5], 1), db)
             self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
         if not self.need_weight:
             return
         if first:
             alone = part.stop == self.count
             self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
-        means = torch.where(factors == 0, 0.0, -1.0 / (factors * (t * len(w))))  # of e's rows
-        scaled = operator("cuda", "linear_scale")(self.rows_of(part), scale, means)
+        h = self.rows_of(part)
+        scaled = torch.empty_like(h)
+        torch.mul(h, scale.unsqueeze(-1), out=scaled)
         product(e.T, scaled, self.dweight, not first)
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,11 +293,6 @@ class Head:
 def _(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
     rows = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return rows, torch.empty_like(rows), rows.new_empty(rows.shape if entropy else (0,))
-
-
-@torch.library.register_fake("klq::linear_scale")
-def _(hidden, factors, means):
-    return hidden.new_empty((hidden.shape[0] + EXTRA, hidden.shape[1]))
 
 
 @torch.library.register_fake("klq::klq_loss_tokens")

@@ -55,27 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_rows_(Tensor hidden, Tensor weight, Ma
   return {logprobs, factors, moments};
 }
 
-Tensor linear_scale(Tensor hidden, Tensor factors, Tensor means) {
-  const char* op = "linear_scale";
-  const OnDeviceOf guard(op, "hidden", hidden);
-  check_matrix(op, "hidden", hidden, hidden);
-  const int64_t n = hidden.size(0), d = hidden.size(1);
-  KLQ_CHECK(op, d % 8 == 0, "the depth must be a multiple of 8");
-  const Array<float> f(op, "factors", factors, ScalarType::Float, hidden, n);
-  const Array<float> m(op, "means", means, ScalarType::Float, hidden, n);
-  const int64_t shape[2] = {n + 8, d};
-  Tensor scaled = new_like(hidden, {shape, 2});
-  Tensor partial = new_vector(hidden, scale_hidden_partial(n, d));
-  STD_CUDA_CHECK(scale_hidden(hidden.data_ptr(), hidden.stride(0), n, d, f.data, m.data,
-                              floats(partial), scaled.data_ptr(), current_stream(hidden)));
-  return scaled;
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(klq, CUDA, m) {
-  m.impl("linear_rows_", TORCH_BOX(&linear_rows_));
-  m.impl("linear_scale", TORCH_BOX(&linear_scale));
-}
+STABLE_TORCH_LIBRARY_IMPL(klq, CUDA, m) { m.impl("linear_rows_", TORCH_BOX(&linear_rows_)); }
 
 }  // namespace klq::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Torch-free launchers of the LM head with a softmax on our own product, logits = hidden weight^T
+// Torch-free launcher of the LM head with a softmax on our own product, logits = hidden weight^T
 // (+ bias): every row is summed up in float32 while it is in registers. Hopper only.
 #pragma once
 #include "cuda/rows.h"
@@ -36,16 +36,5 @@ struct LinearArgs {
 // cudaErrorNotSupported: not a Hopper device, or not built for sm_90a.
 int64_t linear_rows_scratch(int64_t rows, int64_t columns, bool entropy);
 cudaError_t linear_rows(const LinearArgs& args, cudaStream_t stream);
-
-// scaled [rows + 8, depth] = factors[i] hidden_i in bfloat16, then a row of
-//
-//   sum_i means[i] (factors[i] hidden_i - scaled_i)
-//
-// and seven of 0. With E_rows = 1 the product E^T scaled gives back what rounding took away from
-// all columns alike, if means[i] is the mean of E_i. partial: scale_rows_partial floats.
-int64_t scale_hidden_partial(int64_t rows, int64_t depth);
-cudaError_t scale_hidden(const void* hidden, int64_t stride, int64_t rows, int64_t depth,
-                         const float* factors, const float* means, float* partial, void* scaled,
-                         cudaStream_t stream);
 
 }  // namespace klq::cuda

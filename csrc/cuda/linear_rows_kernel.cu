@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(32 * kMergers)
   const RowSum sum(a.scratch.reference[row], m.sum, chosen, a.scale);
   const bool finite = fabsf(fmaxf(m.top, chosen)) < infinity();
   logprobs[row] = known && finite ? float(sum.logprob) : not_a_number();
-  factors[row] = -(cap ? 1.0f : a.scale.inverse) / sum.raw_sum;
+  factors[row] = known ? -(cap ? 1.0f : a.scale.inverse) / sum.raw_sum : not_a_number();
   if (entropy) {
     Sums<false, true> sums;
     sums.plain = m.plain;
@@ -321,46 +321,6 @@ cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
                                   : run<bf16, false, WANTED>(args, stream);
 }
 
-constexpr int kScaleRows = 32, kExtraRows = 8;
-
-// A thread for two columns of kScaleRows rows.
-template <class T>
-__global__ void __launch_bounds__(256)
-    scale_hidden_kernel(const T* hidden, int64_t stride, int rows, int depth, const float* factors,
-                        const float* means, float* partial, T* scaled) {
-  const int column = (int(blockIdx.x) * 256 + int(threadIdx.x)) * 2;
-  if (column >= depth) return;
-  const int first = int(blockIdx.y) * kScaleRows, last = min(first + kScaleRows, rows);
-  float left[2] = {};
-#pragma unroll 4
-  for (int row = first; row < last; ++row) {
-    const float f = factors[row], mean = means[row];
-    float x[2], y[2];
-    Vec<T>::unpack(*reinterpret_cast<const uint32_t*>(hidden + row * stride + column), x);
-    for (int k = 0; k < 2; ++k) x[k] *= f;
-    const uint32_t packed = Vec<T>::pack(x);
-    *reinterpret_cast<uint32_t*>(scaled + int64_t(row) * depth + column) = packed;
-    Vec<T>::unpack(packed, y);
-    for (int k = 0; k < 2; ++k) left[k] = fmaf(mean, x[k] - y[k], left[k]);
-  }
-  float* to = partial + int64_t(blockIdx.y) * depth + column;
-  to[0] = left[0], to[1] = left[1];
-}
-
-template <class T>
-__global__ void __launch_bounds__(256)
-    extra_rows_kernel(const float* partial, int parts, int rows, int depth, T* scaled) {
-  const int column = int(blockIdx.x) * 256 + int(threadIdx.x);
-  if (column >= depth) return;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int p = 0; p < parts; ++p) sum += partial[int64_t(p) * depth + column];
-  for (int k = 0; k < kExtraRows; ++k)
-    Vec<T>::put(scaled + int64_t(rows + k) * depth + column, k == 0 ? sum : 0.0f);
-}
-
-int64_t scale_parts(int64_t rows) { return (rows + kScaleRows - 1) / kScaleRows; }
-
 }  // namespace
 
 int64_t linear_rows_scratch(int64_t rows, int64_t columns, bool entropy) {
@@ -374,23 +334,6 @@ cudaError_t linear_rows(const LinearArgs& args, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   if (args.exponentials) return run<Wanted::exponentials>(args, stream);
   return args.entropy ? run<Wanted::moments>(args, stream) : run<Wanted::sums>(args, stream);
-}
-
-int64_t scale_hidden_partial(int64_t rows, int64_t depth) { return scale_parts(rows) * depth; }
-
-cudaError_t scale_hidden(const void* hidden, int64_t stride, int64_t rows, int64_t depth,
-                         const float* factors, const float* means, float* partial, void* scaled,
-                         cudaStream_t stream) {
-  auto to = static_cast<bf16*>(scaled);
-  const int parts = int(scale_parts(rows));
-  if (rows > 0)
-    scale_hidden_kernel<<<dim3(unsigned((depth + 511) / 512), parts), 256, 0, stream>>>(
-        static_cast<const bf16*>(hidden), stride, int(rows), int(depth), factors, means, partial,
-        to);
-  if (cudaError_t e = cudaGetLastError()) return e;
-  extra_rows_kernel<<<unsigned((depth + 255) / 256), 256, 0, stream>>>(partial, parts, int(rows),
-                                                                       int(depth), to);
-  return cudaGetLastError();
 }
 
 }  // namespace klq::cuda

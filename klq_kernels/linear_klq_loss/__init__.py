@@ -223,6 +223,7 @@ def forward(
     normalizer = rows.poison(normalizer)  # NaN in the loss and in every gradient it divides
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
+    head.whole = shard is not None and shard.vocabulary is None
     picked = [rows.take(x) for x in (actions, values, ref_logprobs, returns, weights)]
     picked[0] = tp.local(shard, picked[0])
     loss, stats = hidden.new_zeros((), dtype=dtype), hidden.new_zeros(4, dtype=dtype)
@@ -237,7 +238,7 @@ def forward(
                 backend, "klq_loss_tokens"
             )(logprobs, v, ref, g, tau, use, w, normalizer)
             head.hidden_gradient(part, e, coefficients * factors)
-            head.weight_gradient(part, e, coefficients * factors, factors, t)
+            head.weight_gradient(part, e, coefficients * factors)
         else:
             logits = head.logits(part)
             if shard is None:

@@ -9,7 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import EXTRA, Head, pitch
+from klq_kernels._linear_head import Head, pitch
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
@@ -52,8 +52,9 @@ def linear_token_logprobs(
         keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
             is wanted. It changes time and memory, and no number.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
-            complete (already summed over the group). A DTensor weight sharded on dim 0 brings its
-            own group.
+            complete (already summed over the group). With (group, start) the tokens are one chunk:
+            ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
+            on dim 0 brings its own group and start.
 
     Returns:
         [...], float32 (float64 for float64 inputs), exactly 0 at inactive tokens.
@@ -162,13 +163,14 @@ def forward(
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
+    head.whole = shard is not None and shard.vocabulary is None
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=dtype)
     row_stats = hidden.new_zeros((3, head.count), dtype=dtype)
     kept_dtype = logits_dtype or hidden.dtype
-    keep, width = _kept(head.count, weight, kept_dtype, keep_bytes)
-    kept = hidden.new_empty((keep + EXTRA, width), dtype=kept_dtype)
-    kept[keep:].zero_(), kept[:, weight.shape[0] :].zero_()
+    keep, width = _kept(head.count, weight, kept_dtype, 0 if head.whole else keep_bytes)
+    kept = hidden.new_empty((keep, width), dtype=kept_dtype)
+    kept[:, weight.shape[0] :].zero_()
     exponentials = kept.view(hidden.dtype)[:, : weight.shape[0]] if head.ours else None
     token_logprobs = operator(backend, "token_logprobs")
 
@@ -181,9 +183,8 @@ def forward(
 
     if head.ours:
         for part in head.parts_to_sum(0, keep):
-            last = part.stop == keep
-            out = exponentials[part.start :] if last else exponentials[part]
-            logprobs[part], row_stats[0, part] = head.exponentials(part, actions[part], t, cap, out)
+            made = head.exponentials(part, actions[part], t, cap, exponentials[part])
+            logprobs[part], row_stats[0, part] = made
         for part in head.parts_to_sum(keep):
             logprobs[part] = head.sums(part, actions[part], t, cap)[0]
     else:
@@ -227,21 +228,23 @@ def backward(
     rows = linear.compact(mask, hidden.shape[0], num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
+    head.whole = shard is not None and shard.vocabulary is None
     actions = tp.local(shard, rows.take(actions))
     grad = rows.poison(rows.take(grad))
-    keep, vocabulary = len(kept) - EXTRA, weight.shape[0]
+    keep, vocabulary = len(kept), weight.shape[0]
     if head.ours:
         grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
         if keep:
             e, factors = kept.view(hidden.dtype)[:, :vocabulary], row_stats[0, :keep]
             for part in head.parts_to_sum(0, keep):
-                head.hidden_gradient(part, e[part], grad[part] * factors[part])
-            head.weight_gradient(slice(0, keep), e, grad[:keep] * factors, factors, t)
+                scale = grad[part] * factors[part]
+                head.hidden_gradient(part, e[part], scale)
+                head.weight_gradient(part, e[part], scale)
         for part in head.parts(keep):
             e = head.room(part)
             _, factors = head.exponentials(part, actions[part], t, cap, e)
             head.hidden_gradient(part, e, grad[part] * factors)
-            head.weight_gradient(part, e, grad[part] * factors, factors, t)
+            head.weight_gradient(part, e, grad[part] * factors)
         return head.gradients()
     token_logprobs_backward = operator(backend, "token_logprobs_backward")
     token_logprobs_backward_ = operator(backend, "token_logprobs_backward_")
@@ -267,7 +270,7 @@ def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chu
     return (
         hidden.new_empty(actions.shape, dtype=dtype),
         hidden.new_empty((3, rows), dtype=dtype),
-        hidden.new_empty((keep + EXTRA, width), dtype=kept),
+        hidden.new_empty((keep, width), dtype=kept),
     )
 
 

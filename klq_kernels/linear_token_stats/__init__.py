@@ -110,6 +110,7 @@ def forward(
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
+    head.whole = shard is not None and shard.vocabulary is None
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=check.wide(hidden))
     entropy = torch.empty_like(logprobs)

@@ -70,8 +70,8 @@ def run(p: dict, part: slice, backend: str, tp_group=None, wrap=lambda w: w) -> 
     out["linear_token_stats"] = list(linear_token_stats(h, wrap(w), a, bias=b, **how, **group)[:2])
     # chunks of two rows: every op meets the group once a chunk
     h, w, b, v = leaves()
-    small = {**how, **group, "chunk_bytes": 2 * len(w) * 4}
-    lp = linear_token_logprobs(h, wrap(w), a, bias=b, **small, keep_bytes=3 * len(w) * 4)
+    small = {**how, **group, "chunk_bytes": 4 * 27 * 4}
+    lp = linear_token_logprobs(h, wrap(w), a, bias=b, **small, keep_bytes=3 * 27 * 4)
     out["by chunks"] = [lp, *torch.autograd.grad(lp.sin().sum(), (h, w, b))]
     h, w, b, v = leaves()
     made = linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **small)
