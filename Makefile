@@ -54,7 +54,8 @@ sanitize: export KLQ_RACECHECK = 1
 sanitize: $(READY) in-place
 	set -e; for tool in $(TOOLS); do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q -m small -p no:xdist tests/kernels/test_gpu_small.py; done
+	    $(PY) -m pytest -q -m small -p no:xdist tests/kernels/test_gpu_small.py \
+	    tests/kernels/test_gpu_linear.py; done
 
 lint: $(READY)
 	$(PY) -m ruff check .

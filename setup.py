@@ -2,7 +2,7 @@
 """Builds the one compiled module, klq_kernels._C: sources and flags, nothing else.
 
 KLQ_CUDA=auto|0|1       CUDA kernels: if torch and the toolkit have CUDA (auto), never, or must
-TORCH_CUDA_ARCH_LIST    GPU architectures, default 8.0;9.0;10.0+PTX
+TORCH_CUDA_ARCH_LIST    GPU architectures, default 8.0;9.0a;10.0+PTX
 MAX_JOBS                parallel compilations
 KLQ_SANITIZE=address,undefined      instrumented CPU build
 KLQ_RACECHECK=1         CUDA kernels for compute-sanitizer's racecheck (csrc/cuda/hopper.cuh)
@@ -40,7 +40,7 @@ def files(*patterns: str) -> list[str]:
 
 
 cuda = want_cuda()
-arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX") if cuda else ""
+arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX") if cuda else ""
 # fp-contract: ISO mode would forbid the fused multiply-adds the row kernels are written for
 cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", TARGET]
 cxx += [f"-ffile-prefix-map={ROOT}=klq", f'-DKLQ_CUDA_ARCHS="{arch_list}"']

@@ -25,6 +25,7 @@ USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 FOLDED = re.compile(r"^(float|true|false|\d+|bf16|f16|Elements|Vectors<.*)$")
+TILING = re.compile(r"Tiling<(\d+), (\d+), (\d+), (\d+)>")
 RING = re.compile(r"RingShape<(\d+), (\d+), (\d+), (\d+), (\d+)>")
 
 
@@ -79,6 +80,11 @@ def family(source: str, demangled: str) -> Family:
             summers, writers, unroll, stages, blocks = map(int, ring.groups())
             dynamic = stages * (summers * unroll + 8) * 16  # RingShape::kBytes
             kept.append(f"{summers + writers + 64} threads, {stages} stages, {blocks} an SM")
+        elif tiling := TILING.search(argument):
+            blocks, columns, stages, cluster = map(int, tiling.groups())
+            rows = 64 * blocks
+            dynamic = stages * (rows + columns) * 128 + 8 * 2048 + 1024  # Tiling::kBytes
+            kept.append(f"{rows} x {columns}, {stages} stages, clusters of {cluster}")
         elif argument and not FOLDED.match(argument):
             kept.append(f"`{argument}`")
     return Family(source, name, ", ".join(kept), dynamic)

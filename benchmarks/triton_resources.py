@@ -79,6 +79,7 @@ def launches(dtype=torch.bfloat16, width=128256, rows=(8, 1024), scaling=(1.0, 0
     calls = {
         "token_logprobs": (logits, ids, mask, *scaling),
         "token_logprobs_backward": (x, logits, ids, mask, stats, *scaling),
+        "token_logprobs_backward_": (logits, x, ids, mask, stats, *scaling),
         "token_log_ratios": (logits, other, ids, mask, *scaling),
         "token_stats": (logits, ids, other, mask, *scaling),
         "q_values": (logits, other, x, 0.05, *scaling),

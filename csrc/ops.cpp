@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(klq, m) {
   m.def("token_logprobs(Tensor logits, Tensor actions, Tensor? mask, float temperature, float softcap) -> (Tensor, Tensor)");
   m.def("token_logprobs_backward(Tensor grad, Tensor logits, Tensor actions, Tensor? mask, Tensor row_stats, float temperature, float softcap) -> Tensor");
+  m.def("token_logprobs_backward_(Tensor(a!) logits, Tensor grad, Tensor actions, Tensor? mask, Tensor row_stats, float temperature, float softcap) -> ()");
   m.def("token_log_ratios(Tensor logits, Tensor ref_logits, Tensor actions, Tensor? mask, float temperature, float softcap) -> (Tensor, Tensor)");
   m.def("token_stats(Tensor logits, Tensor actions, Tensor? ref_logits, Tensor? mask, float temperature, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("q_values(Tensor logits, Tensor ref_logits, Tensor values, float tau, float temperature, float softcap) -> Tensor");
@@ -17,5 +18,7 @@ STABLE_TORCH_LIBRARY(klq, m) {
   m.def("klq_loss(Tensor logits, Tensor actions, Tensor values, Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, Tensor? normalizer, float temperature, float softcap, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("klq_loss_(Tensor(a!) logits, Tensor actions, Tensor values, Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, Tensor? normalizer, float temperature, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("klq_loss_backward_(Tensor(a!) dlogits, Tensor unscale, Tensor upstream) -> ()");
+  m.def("linear_rows_(Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask, float temperature, float softcap, bool entropy, Tensor(a!)? exponentials) -> (Tensor, Tensor, Tensor)");
+  m.def("klq_loss_tokens(Tensor logprobs, Tensor values, Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, Tensor normalizer) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("place_scores(Tensor scores, Tensor mask, Tensor? cu_seqlens) -> Tensor");
 }

@@ -221,8 +221,8 @@ def scan(
     """What the scans check: per-token inputs, `values` among them, and per-sequence inputs. Returns
     `mask` as bool and the dtype of results.
 
-    A launch takes less time than careful checks would: all is compared in one cheap pass, and only
-    a call that fails it is looked at argument by argument.
+    Of what `at_once` does not send straight to the operator, all is compared in one cheap pass, and
+    only a call that fails it is looked at argument by argument.
     """
     values = tokens["values"]
     floating(op, "values", values)

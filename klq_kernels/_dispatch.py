@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 import torch
 
-from klq_kernels._extension import BUILD_INFO
+from klq_kernels._extension import BUILD_INFO, environment_asks
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # Triton's interpreter runs on the CPU, slowly: only when asked, in the environment before import.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_CUDA = BUILD_INFO["cuda"] is not None
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 
 # op -> backend -> device types it has a kernel for; `reference` is plain PyTorch and runs anywhere.
@@ -79,6 +80,25 @@ def use_backend(backend: str):
         yield
     finally:
         _override = previous
+
+
+def at_once(backend: str | None, values, mask, cu_seqlens) -> bool:
+    """Whether a scan's compiled operator may be called before anybody looks at its tensors.
+
+    It compares what the careful checks compare, at a fraction of their price, and refuses before
+    any launch; they then say why. Not where another backend may be meant, where a graph is traced
+    or where values are to be looked at (`cu_seqlens` on the CPU, KLQ_VALIDATE); a mask of integers
+    has to be converted first.
+    """
+    return (
+        backend is None
+        and _override is None
+        and type(values) is torch.Tensor
+        and (mask is None or (type(mask) is torch.Tensor and mask.dtype is torch.bool))
+        and (_HAS_CUDA if values.is_cuda else values.is_cpu and cu_seqlens is None)
+        and not torch.compiler.is_compiling()
+        and not environment_asks()
+    )
 
 
 _chosen: dict[tuple, str] = {}  # what `resolve` found best, by its arguments

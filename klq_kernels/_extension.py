@@ -44,6 +44,9 @@ except ImportError as error:
 BUILD_INFO: dict = dict(_C.build_info())
 
 
+environment_asks = _C.environment_asks
+
+
 def build_info() -> dict:
     """What the compiled module was built with: torch, compiler, CUDA, architectures, CPU ISA, and
     whether for racecheck (KLQ_RACECHECK)."""

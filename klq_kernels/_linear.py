@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the three LM-head ops share: argument checks, compaction of inactive tokens, and chunks.
+"""What the three LM-head ops share: argument checks, and compaction of inactive tokens."""
 
-The head runs over chunks of tokens whose logits fit in `chunk_bytes`; each chunk's logits live in
-one buffer that the row kernels read, and in the losses overwrite with the gradient. No tensor of
-size tokens x vocabulary ever exists.
-"""
-
-from collections.abc import Iterator
 from functools import wraps
 from typing import NamedTuple
 
@@ -15,7 +9,6 @@ from torch import Tensor
 
 from klq_kernels import _checks as check
 
-DEFAULT_CHUNK_BYTES = 512 << 20
 AUTOCAST = ("cpu", "cuda")
 
 
@@ -24,10 +17,10 @@ def keeps_dtypes(function):
     asked for in float32 must not be cast back."""
 
     @wraps(function)
-    def run(backend, x, *args):
+    def run(backend, x, *args, **kwargs):
         device = x.device.type
         with torch.autocast(device if device in AUTOCAST else "cpu", enabled=False):
-            return function(backend, x, *args)
+            return function(backend, x, *args, **kwargs)
 
     return run
 
@@ -133,79 +126,3 @@ def compact(mask: Tensor | None, tokens: int, num_active: int | None, device) ->
     count = mask.sum()
     index = torch.nonzero_static(mask, size=num_active, fill_value=tokens).squeeze(-1)
     return Rows(index, index < tokens, count > num_active)
-
-
-def chunks(rows: int, vocabulary: int, itemsize: int, chunk_bytes: int | None) -> Iterator[slice]:
-    """Slices of at most chunk_bytes of logits, of nearly equal length."""
-    fit = max(1, (chunk_bytes or DEFAULT_CHUNK_BYTES) // (vocabulary * itemsize))
-    count = max(1, -(-rows // fit))
-    size = max(1, -(-rows // count))
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
-
-
-def head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    logits_dtype: torch.dtype | None,
-) -> Tensor:
-    """Logits of one chunk; inactive hidden rows are selected to 0 before they meet the weight."""
-    if mask is not None:
-        hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-    if logits_dtype == torch.float32 and hidden.dtype != torch.float32:
-        hidden, weight = hidden.float(), weight.float()
-    logits = hidden @ weight.T
-    return logits if bias is None else logits.add_(bias.to(logits.dtype))
-
-
-def accumulate(total: Tensor | None, part: Tensor) -> Tensor:
-    """Sum over chunks in float32 (float64 for float64); the first chunk needs no read."""
-    part = part.to(check.wide(part))
-    return part if total is None else total.add_(part)
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result: one 16-bit rounding a chunk would grow with their number."""
-    if a.dtype not in (torch.float16, torch.bfloat16):
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def chunk_gradients(
-    dlogits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dH, dW, db) of one chunk from its dlogits; dH in their dtype, dW and db at least float32."""
-    dh = dlogits @ weight.to(dlogits.dtype) if need_hidden else None
-    dw = None
-    if need_weight:
-        if mask is not None:
-            hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-        dw = wide_product(dlogits.T, hidden.to(dlogits.dtype))
-    db = dlogits.sum(0, dtype=check.wide(dlogits)) if need_bias else None
-    return dh, dw, db
-
-
-def finish(rows: Rows, like, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH, dW, db) in the dtypes of `like` = (hidden, weight, bias); empty where not needed.
-
-    dH is scattered back to all tokens; without any token the gradients of weight and bias are 0.
-    """
-    out = []
-    for x, grad, need in zip(like, grads, needs, strict=True):
-        if not need:
-            out.append(like[0].new_empty(0))
-        elif grad is None:
-            out.append(torch.zeros_like(x))
-        else:
-            out.append(grad.to(x.dtype))
-    if needs[0]:
-        out[0] = rows.put(out[0], like[0].shape[0])
-    return tuple(out)

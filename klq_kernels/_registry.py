@@ -88,8 +88,11 @@ def away_from_q(args: dict, scalars: dict) -> None:
     q = scalars["tau"] * (logprobs - args["ref_logprobs"].double()) + args["values"].double()
     residual = q - args["returns"].double()
     sign = torch.where(residual < 0, -1.0, 1.0)
-    far = q - sign * (residual.abs() + 2.0 * max(1.0, scalars["tau"]))
-    near = residual.abs() < 2.0 * max(1.0, scalars["tau"])
+    # also of the order of what it is a difference of: a log-prob is rounded to float32
+    most = torch.where(logprobs.isfinite(), logprobs.abs(), 0.0)
+    least = (scalars["tau"] * most).clamp(min=2.0 * max(1.0, scalars["tau"]))
+    far = q - sign * (residual.abs() + least)
+    near = residual.abs() < least
     args["returns"].copy_(torch.where(near, far, args["returns"].double()))
 
 
@@ -205,16 +208,19 @@ def gradient_bound(name: str, baseline: Tensor, truth: Tensor, dtype: torch.dtyp
     entry; both per token for [..., V] and [..., D], over everything else as a whole (a row of dW
     belongs to one vocabulary entry of every token). Counts entries PyTorch has finite.
 
-    In float64 the truth's own onehot - softmax cancels: the margin counts from 1 there.
+    In float64 the truth's own onehot - softmax cancels: the margin counts from 1 there. A 16-bit
+    head rounds logits and gradients on its way, each implementation its own: twice one draw of
+    those roundings is no bound for another, so that an ulp of the largest entry is added.
     """
     if truth.numel() == 0:
         return truth.abs()
+    of_head = name in ("hidden", "weight", "bias") and dtype in (torch.bfloat16, torch.float16)
     dim = -1 if name in ("logits", "hidden") else tuple(range(truth.dim()))
     counts = baseline.isfinite()
     off = torch.where(counts, (baseline.double() - truth).abs(), 0.0).amax(dim, keepdim=True)
     scale = torch.where(counts, truth.abs(), 0.0).amax(dim, keepdim=True)
     scale = scale.clamp(min=1.0) if dtype == torch.float64 else scale
-    return 2 * off + margin(dtype) * scale
+    return 2 * off + (margin(dtype) + 2.0**-8 * of_head) * scale
 
 
 def scan_bounds(

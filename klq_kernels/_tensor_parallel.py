@@ -52,6 +52,23 @@ def shard(tp_group, size: int) -> Shard:
     return Shard(tp_group, rank * size, size, world * size)
 
 
+def shard_of(op: str, tp_group, size: int) -> Shard | None:
+    """This rank's slice, None where one rank holds the whole vocabulary."""
+    tp_group = several(op, tp_group)
+    return None if tp_group is None else shard(tp_group, size)
+
+
+def local(shard: Shard | None, actions: Tensor) -> Tensor:
+    return actions if shard is None else shard.local(actions)
+
+
+def complete(grads: tuple[Tensor, Tensor, Tensor], shard: Shard | None):
+    """(dH, dW, db) with dH summed over the ranks: each made its slice's part of it."""
+    if shard is not None and grads[0].numel():
+        dist.all_reduce(grads[0], group=shard.group)
+    return grads
+
+
 def local_rows(logits, ids, mask, temperature, softcap, backend) -> Tensor:
     """(max, rest, z_a) of this rank's slice, [3, ...]; z_a is -inf where it is elsewhere."""
     if backend != "reference":
@@ -166,18 +183,27 @@ def unwrap(op: str, weight: Tensor, tp_group):
 def stats(logits, ids, mask, temperature, softcap, group, backend) -> tuple[Tensor, Tensor]:
     """Global log-prob and entropy from this rank's slice of the logits; no gradient.
 
-    H = log S - sum_j p_j (z_j - max): the slice's share of the sum needs the global max and S, so
-    it is a second, one-float reduction.
+    H = log S - sum_j p_j (z_j - max). The slice's share of the sum follows from its own entropy h,
+    sum s and maximum m: e^(m - max) s (log s - h + m - max); adding the shares is a second
+    reduction, of one float a row.
     """
-    from klq_kernels.token_logprobs.reference import scaled, select_rows
-
     rows = local_rows(logits, ids, mask, temperature, softcap, backend)
     logprobs, (top, rest, z_a) = merge(rows, ids, mask, group)
-    x = scaled(select_rows(logits, mask), temperature, softcap or None) - top.unsqueeze(-1)
-    total = rest + (z_a - top).exp()
-    share = torch.where(x == -torch.inf, 0.0, x.exp() * x).sum(-1)
+    if backend == "reference":
+        from klq_kernels.token_stats.reference import token_stats
+
+        how = {"mask": mask, "temperature": temperature, "logit_softcap": softcap or None}
+        h = token_stats(logits, ids.clamp(min=0), **how).entropy
+    else:
+        token_stats = operator(backend, "token_stats")
+        h = token_stats(logits, ids.clamp(min=0), None, mask, temperature, softcap)[1]
+    m, s, z = rows.double()
+    s = s + torch.where(z == -torch.inf, 0.0, (z - m).exp())
+    share = (m - top).exp() * s * (s.log() - h + m - top)
+    share = torch.where(m == -torch.inf, 0.0, share)
     dist.all_reduce(share, group=group)
-    entropy = total.log() - share / total
+    total = rest.double() + (z_a.double() - top.double()).exp()
+    entropy = (total.log() - share / total).to(logprobs.dtype)
     if mask is not None:
         entropy = torch.where(mask, entropy, 0.0)
     return logprobs, entropy

@@ -10,6 +10,9 @@ using torch::stable::new_empty;
 std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, double lam,
                                MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor bootstrap) {
   const char* op = "gae";
+  const ScanShapes shapes(op, values, cu_seqlens);
+  shapes.token("rewards", rewards), shapes.token("mask", mask);
+  shapes.sequence("bootstrap", bootstrap);
   const Sequences seqs(op, values, cu_seqlens);
   const bool wide = is_double(rewards) || is_double(values) || is_double(bootstrap);
   return with_precision(wide, [&](auto w) {

@@ -87,15 +87,21 @@ Array<T> array_as(const char* op, const char* name, const MaybeTensor& x, Scalar
                   int64_t count) {
   return x.has_value() ? array_as<T>(op, name, *x, dtype, count) : Array<T>{};
 }
-template <class W, class X>
-Array<W> reals(const char* op, const char* name, const X& x, int64_t count) {
+template <class W>
+Array<W> reals(const char* op, const char* name, const Tensor& x, int64_t count) {
+  type_of(op, x);  // integers are refused, not converted
   return array_as<W>(op, name, x, scalar_type<W>, count);
+}
+template <class W>
+Array<W> reals(const char* op, const char* name, const MaybeTensor& x, int64_t count) {
+  return x.has_value() ? reals<W>(op, name, *x, count) : Array<W>{};
 }
 template <class X>
 Array<int64_t> ids(const char* op, const char* name, const X& x, int64_t count) {
   return array_as<int64_t>(op, name, x, ScalarType::Long, count);
 }
 inline Array<bool> mask_of(const char* op, const MaybeTensor& x, int64_t count) {
+  KLQ_CHECK(op, !x || x->scalar_type() == ScalarType::Bool, "mask must be bool");
   return array_as<bool>(op, "mask", x, ScalarType::Bool, count);
 }
 

@@ -14,6 +14,10 @@ std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor valu
                                                   MaybeTensor mask, MaybeTensor cu_seqlens,
                                                   MaybeTensor bootstrap, MaybeTensor trace) {
   const char* op = "lambda_returns";
+  const ScanShapes shapes(op, values, cu_seqlens);
+  shapes.token("log_ratios", log_ratios), shapes.token("rewards", rewards);
+  shapes.token("mask", mask), shapes.token("trace", trace);
+  shapes.sequence("lam", lam_rows), shapes.sequence("bootstrap", bootstrap);
   const Sequences seqs(op, values, cu_seqlens);
   const bool wide = is_double(log_ratios) || is_double(values) || is_double(rewards) ||
                     is_double(lam_rows) || is_double(bootstrap) || is_double(trace);

@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/glue.h"
 #include "cpu/lambda_returns.h"
+#include "scan_shapes.h"
 
 namespace klq {
 

@@ -5,8 +5,9 @@
 namespace klq::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, double gamma, double lam,
-                               MaybeTensor mask, MaybeTensor cu_seqlens, MaybeTensor bootstrap) {
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, double gamma,
+                               double lam, const MaybeTensor& mask, const MaybeTensor& cu_seqlens,
+                               const MaybeTensor& bootstrap) {
   const OnDeviceOf guard("gae", "values", values);
   Tensor a = new_floats(values), g = new_floats(values);
   run_scan("gae",

@@ -23,16 +23,17 @@ using MaybeTensor = std::optional<Tensor>;
 
 // The device of `x` is current while it lives. An op of several tensors comes here when any of them
 // is on a CUDA device, so this one may not be.
-struct OnDeviceOf : torch::stable::accelerator::DeviceGuard {
-  OnDeviceOf(const char* op, const char* name, const Tensor& x)
-      : DeviceGuard(checked(op, name, x)) {}
+struct OnDeviceOf {
+  OnDeviceOf(const char* op, const char* name, const Tensor& x) {
+    KLQ_CHECK(op, x.is_cuda(), name, " must be on a CUDA device");
+    int current = -1;
+    STD_CUDA_CHECK(cudaGetDevice(&current));
+    // nearly always it is current already, and a guard is an allocation and two more questions
+    if (current != x.get_device_index()) guard_.emplace(x.get_device_index());
+  }
 
  private:
-  static torch::stable::accelerator::DeviceIndex checked(const char* op, const char* name,
-                                                         const Tensor& x) {
-    KLQ_CHECK(op, x.is_cuda(), name, " must be on a CUDA device");
-    return x.get_device_index();
-  }
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 inline cudaStream_t current_stream(const Tensor& x) {

@@ -68,6 +68,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> klq_loss_(Tensor logits, Tensor actio
   return {out.loss, out.stats, out.dvalues, out.unscale};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> klq_loss_tokens(Tensor logprobs, Tensor values,
+                                                           Tensor ref_logprobs, Tensor returns,
+                                                           double tau, MaybeTensor mask,
+                                                           MaybeTensor weights, Tensor normalizer) {
+  const char* op = "klq_loss_tokens";
+  const OnDeviceOf guard(op, "logprobs", logprobs);
+  const cudaStream_t stream = current_stream(logprobs);
+  const int64_t n = logprobs.numel();
+  const auto f32 = ScalarType::Float;
+  const Array<float> lp(op, "logprobs", logprobs, f32, logprobs, n);
+  const Array<float> v(op, "values", values, f32, logprobs, n);
+  const Array<float> ref(op, "ref_logprobs", ref_logprobs, f32, logprobs, n);
+  const Array<float> g(op, "returns", returns, f32, logprobs, n);
+  const Array<float> w(op, "weights", weights, f32, logprobs, n);
+  const Array<float> norm(op, "normalizer", normalizer, f32, logprobs, 1);
+  const Mask use(op, mask, logprobs, n, stream);
+  Tensor loss = new_floats(logprobs, {}), stats = new_vector(logprobs, 4);
+  Tensor dlogprobs = new_vector(logprobs, n), dvalues = new_vector(logprobs, n);
+  KLQLossArgs a{};
+  a.values = v.data, a.ref_logprobs = ref.data, a.returns = g.data, a.weights = w.data;
+  a.normalizer = norm.data, a.tau = tau;
+  a.logprobs = const_cast<float*>(lp.data), a.residuals = floats(dlogprobs);
+  a.dvalues = floats(dvalues), a.loss = floats(loss), a.stats = floats(stats);
+  STD_CUDA_CHECK(loss_of_tokens(use.bits.data, use.rows, n, a, stream));
+  return {loss, stats, dlogprobs, dvalues};
+}
+
 void klq_loss_backward_(Tensor dlogits, Tensor unscale, Tensor upstream) {
   const char* op = "klq_loss_backward_";
   const OnDeviceOf guard(op, "dlogits", dlogits);
@@ -85,6 +112,7 @@ void klq_loss_backward_(Tensor dlogits, Tensor unscale, Tensor upstream) {
 STABLE_TORCH_LIBRARY_IMPL(klq, CUDA, m) {
   m.impl("klq_loss", TORCH_BOX(&klq_loss));
   m.impl("klq_loss_", TORCH_BOX(&klq_loss_));
+  m.impl("klq_loss_tokens", TORCH_BOX(&klq_loss_tokens));
   m.impl("klq_loss_backward_", TORCH_BOX(&klq_loss_backward_));
 }
 

@@ -20,6 +20,11 @@ cudaError_t klq_loss_rows(const Rows& rows, const Rows* gradient, const bool* ma
                           const ActiveRows& active, Scaling scaling, const KLQLossArgs& args,
                           cudaStream_t stream);
 
+// The loss of log-probs that are known, and the gradients by them and by the values: what
+// klq_loss_rows leaves, of args.logprobs; args.residuals becomes the gradient by log-probs.
+cudaError_t loss_of_tokens(const bool* mask, const ActiveRows& active, int64_t count,
+                           const KLQLossArgs& args, cudaStream_t stream);
+
 // gradient *= upstream * unscale[row]; unscale null: 1
 cudaError_t scale_rows(const Rows& gradient, const float* unscale, const float* upstream,
                        cudaStream_t stream);

@@ -58,7 +58,9 @@ struct KLQLoss {
 
 constexpr int kSumThreads = 512, kSumWarps = kSumThreads / 32;
 
-// loss and stats from the rows' residuals, in a fixed order and in double: the same bits every run
+// loss and stats from the rows' residuals, in a fixed order and in double: the same bits every run;
+// TOKENS: from their log-probs, leaving the gradients behind
+template <bool TOKENS>
 __global__ void __launch_bounds__(kSumThreads)
     klq_loss_sum_kernel(const KLQLossArgs a, const bool* mask, const int32_t* active,
                         int64_t count) {
@@ -66,10 +68,19 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll 8        // loads that do not wait for one another
   for (int64_t r = threadIdx.x; r < count; r += kSumThreads) {
     const bool use = !mask || mask[r];
-    const double residual = a.residuals[r], square = residual * residual;
-    const double weight = a.weights ? double(a.weights[r]) : 1.0;
+    const double weight = a.weights ? double(a.weights[r]) : 1.0, logprob = a.logprobs[r];
+    double residual;
+    if constexpr (TOKENS) {
+      residual = a.tau * (logprob - a.ref_logprobs[r]) + a.values[r] - a.returns[r];
+      residual = use ? double(float(residual)) : 0.0;
+      const double dq = use ? 2.0 * weight * residual / *a.normalizer : 0.0;
+      a.dvalues[r] = float(dq), a.residuals[r] = float(a.tau * dq);
+    } else {
+      residual = a.residuals[r];
+    }
+    const double square = residual * residual;
     sums[0] += use ? weight * square : 0.0, sums[1] += square;
-    sums[2] += a.logprobs[r], sums[3] += use ? double(a.values[r]) : 0.0;
+    sums[2] += use ? logprob : 0.0, sums[3] += use ? double(a.values[r]) : 0.0;
   }
   __shared__ double partial[4][kSumWarps];
 #pragma unroll
@@ -140,7 +151,13 @@ cudaError_t klq_loss_rows(const Rows& rows, const Rows* gradient, const bool* ma
                : launch(set, scaling,
                         KLQLoss<false>{args, active.active, rows.count, largest_slope}, stream);
   if (e) return e;
-  klq_loss_sum_kernel<<<1, kSumThreads, 0, stream>>>(args, mask, active.active, rows.count);
+  klq_loss_sum_kernel<false><<<1, kSumThreads, 0, stream>>>(args, mask, active.active, rows.count);
+  return cudaGetLastError();
+}
+
+cudaError_t loss_of_tokens(const bool* mask, const ActiveRows& active, int64_t count,
+                           const KLQLossArgs& args, cudaStream_t stream) {
+  klq_loss_sum_kernel<true><<<1, kSumThreads, 0, stream>>>(args, mask, active.active, count);
   return cudaGetLastError();
 }
 

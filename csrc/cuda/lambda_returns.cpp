@@ -4,11 +4,10 @@
 namespace klq::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> lambda_returns(Tensor log_ratios, Tensor values, Tensor rewards,
-                                                  double tau, double gamma, double lam,
-                                                  MaybeTensor lam_rows, double alpha,
-                                                  MaybeTensor mask, MaybeTensor cu_seqlens,
-                                                  MaybeTensor bootstrap, MaybeTensor trace) {
+std::tuple<Tensor, Tensor, Tensor> lambda_returns(
+    const Tensor& log_ratios, const Tensor& values, const Tensor& rewards, double tau, double gamma,
+    double lam, const MaybeTensor& lam_rows, double alpha, const MaybeTensor& mask,
+    const MaybeTensor& cu_seqlens, const MaybeTensor& bootstrap, const MaybeTensor& trace) {
   const OnDeviceOf guard("lambda_returns", "values", values);
   Tensor q = new_floats(values), a = new_floats(values), g = new_floats(values);
   run_scan("lambda_returns",

@@ -8,6 +8,7 @@
 // needs to be zero before, and short sequences cost the first launch almost no reading.
 #include <algorithm>
 
+#include "cuda/device.h"
 #include "cuda/scan.cuh"
 
 namespace klq::cuda {
@@ -118,14 +119,6 @@ __global__ void __launch_bounds__(kSpanThreads, kPlain ? (kPacked ? 3 : 4) : 2)
                                     chunks_between(span.begin, span.end, kSpanThreads), rest);
 }
 
-// Whether the device has launches that overlap the end of the one before.
-bool hopper() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
-}
-
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
             bool early, Arguments... arguments) {
@@ -139,8 +132,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
 }
 
 template <bool kPlain>
-void run(const ScanArgs& args, const ScanPlan& p, ScanMap* maps, cudaStream_t stream) {
-  const bool early = hopper();
+void run(const ScanArgs& args, const ScanPlan& p, ScanMap* maps, cudaStream_t stream, bool early) {
   if (p.lanes) {
     launch(row_lanes_kernel<kPlain>, p.blocks, kLanesBlock, stream, early, args, p.lanes);
   } else if (p.warps == 4) {
@@ -188,11 +180,15 @@ ScanPlan plan_scan(const Sequences& seqs) {
 cudaError_t launch_scan(const ScanArgs& args, const ScanPlan& plan, double* scratch,
                         cudaStream_t stream) {
   if (args.seqs.tokens == 0) return cudaSuccess;
+  Device device;
+  if (cudaError_t e = this_device(&device)) return e;
+  const bool early = device.major >= 9;  // launches may overlap the end of the one before
   const auto plain = [](const Reals& x) { return !x.data || (x.type == Type::f32 && x.vector); };
   const bool all_plain = plain(args.log_ratios) && plain(args.values) && plain(args.rewards) &&
                          (!args.mask || args.mask_vector) && !args.trace.data &&
                          !args.lam_rows.data && args.outputs_vector;
-  (all_plain ? run<true> : run<false>)(args, plan, reinterpret_cast<ScanMap*>(scratch), stream);
+  (all_plain ? run<true> : run<false>)(args, plan, reinterpret_cast<ScanMap*>(scratch), stream,
+                                       early);
   return cudaGetLastError();
 }
 

@@ -21,7 +21,7 @@ struct RingShape {
   static constexpr int kPitch = kStage + 8;
   static constexpr int kBytes = STAGES * kPitch * 16;
   static constexpr int kRowsHeld = (STAGES - 2) / (kShortRow / (kStage * 16) + 1) + 2;
-  static_assert(kStage % 8 == 0 && (WRITE == 0 || kStage % WRITE == 0));
+  static_assert(kStage % 8 == 0 && kStage % (WRITE ? WRITE : 1) == 0);
 };
 
 // The blocks an SM for which the compiler is asked to leave registers: not three on sm_100, where

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <type_traits>
 
+#include "cuda/device.h"
 #include "cuda/row_ring.cuh"
 #include "cuda/row_stream.cuh"
 
@@ -24,23 +25,6 @@ struct RowSet {
 };
 
 inline bool same_type(const Rows& a, const Rows* b) { return !b || a.type == b->type; }
-
-constexpr int kMaxDevices = 64;
-
-struct Device {
-  int id = 0, sms = 0, shared = 0, major = 0;
-};
-
-inline cudaError_t this_device(Device* d) {
-  if (cudaError_t e = cudaGetDevice(&d->id)) return e;
-  if (d->id >= kMaxDevices) return cudaErrorInvalidDevice;
-  if (cudaError_t e = cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, d->id))
-    return e;
-  if (cudaError_t e =
-          cudaDeviceGetAttribute(&d->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->id))
-    return e;
-  return cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, d->id);
-}
 
 // A kernel made ready for one device, once.
 struct RingKernel {

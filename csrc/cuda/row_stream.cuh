@@ -110,6 +110,12 @@ struct RowGroup {
   int64_t first = int64_t(blockIdx.x) * kTogether + threadIdx.x / LANES;
   int64_t step = int64_t(gridDim.x) * kTogether;
   int turn = 0;
+  __device__ void meet() const {
+    if (LANES > 32)
+      __syncthreads();
+    else
+      __syncwarp();
+  }
 };
 
 // The sums of a row without the column `action`; `chosen` and `ref_chosen`, its y, count for the

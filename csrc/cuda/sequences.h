@@ -4,6 +4,7 @@
 #pragma once
 #include "cuda/glue.h"
 #include "cuda/lambda_returns.h"
+#include "scan_shapes.h"
 
 namespace klq::cuda {
 
@@ -60,9 +61,9 @@ struct SequencesInput : Input {
 };
 
 struct ScanInputs {
-  MaybeTensor log_ratios;
-  Tensor values, rewards;
-  MaybeTensor lam_rows, mask, cu_seqlens, bootstrap, trace;
+  const MaybeTensor& log_ratios;
+  const Tensor &values, &rewards;
+  const MaybeTensor &lam_rows, &mask, &cu_seqlens, &bootstrap, &trace;
   double tau, gamma, lam, alpha;
 };
 
@@ -70,6 +71,10 @@ struct ScanInputs {
 inline void run_scan(const char* op, const ScanInputs& in, Tensor* q, Tensor& advantages,
                      Tensor& returns) {
   const Tensor& v = in.values;
+  const ScanShapes shapes(op, v, in.cu_seqlens);
+  shapes.token("log_ratios", in.log_ratios), shapes.token("rewards", in.rewards);
+  shapes.token("mask", in.mask), shapes.token("trace", in.trace);
+  shapes.sequence("lam", in.lam_rows), shapes.sequence("bootstrap", in.bootstrap);
   const SequencesInput seqs(op, v, in.cu_seqlens);
   const int64_t n = seqs.seqs.tokens, rows = seqs.per_sequence();
   const RealInput rho(op, "log_ratios", in.log_ratios, v, n), value(op, "values", v, v, n),

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(RowGroup<LANES>::kThreads, RowGroup<LANES>::bl
     const float undo = exp2f(-excess);
     const float own = known ? exponential(in.get(int(action))) * undo
                             : expf(a.row_stats[2 * rows.count + r] - a.row_stats[r]);
+    group.meet();  // in place the chosen logit is overwritten: all have read it
     const float total = rest + own, factor = -grad * undo / total;
     auto gradient = [&](float z, int column) {
       const float s = slope<CAPPED>(z, scale), e = exponential(z);

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generalised advantage estimation: the reverse scan of `lambda_returns` with Q = V."""
 
+import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import operator, resolve
+from klq_kernels._dispatch import at_once, operator, resolve
 from klq_kernels._operators import fake
 from klq_kernels._results import GAE
 from klq_kernels.gae import reference
 
 OP = "gae"
+_compiled = torch.ops.klq.gae.default
 
 
 def gae(
@@ -40,11 +42,16 @@ def gae(
 
     Source: Schulman et al., arXiv 1506.02438, eq. (16).
     """
+    gamma = check.number(OP, "gamma", gamma, 0.0, 1.0)
+    lam = check.number(OP, "lam", lam, 0.0, 1.0)
+    if at_once(backend, values, mask, cu_seqlens):
+        try:
+            return GAE._make(_compiled(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap))
+        except (RuntimeError, TypeError):
+            pass  # the checks below say why
     per_sequence = {} if bootstrap is None else {"bootstrap": bootstrap}
     tokens = {"values": values, "rewards": rewards}
     use, dtype = check.scan(OP, tokens, mask, cu_seqlens, per_sequence)
-    gamma = check.number(OP, "gamma", gamma, 0.0, 1.0)
-    lam = check.number(OP, "lam", lam, 0.0, 1.0)
     chosen = resolve(OP, values.device, dtype, backend)
     if chosen == "reference":
         return reference.gae(
@@ -61,5 +68,7 @@ def gae(
 
 @fake("gae", differentiable=False)
 def _(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap):
+    others = {"rewards": rewards, "mask": mask, "cu_seqlens": cu_seqlens, "bootstrap": bootstrap}
+    check.same_device(OP, values.device, **others)
     dtype = check.wide(rewards, values, bootstrap)
     return tuple(values.new_empty(values.shape, dtype=dtype) for _ in range(2))

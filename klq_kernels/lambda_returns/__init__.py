@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Q, lambda-advantages and lambda-returns by one reverse scan over active tokens."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from klq_kernels import _checks as check
-from klq_kernels._dispatch import operator, resolve
+from klq_kernels._dispatch import at_once, operator, resolve
 from klq_kernels._operators import fake
 from klq_kernels._results import LambdaReturns
 from klq_kernels.lambda_returns import reference
 
 OP = "lambda_returns"
+_compiled = torch.ops.klq.lambda_returns.default
 
 
 def lambda_returns(
@@ -66,17 +70,30 @@ def lambda_returns(
 
     Source: eqs. (7), (13), (14), arXiv 2508.17000.
     """
+    if trace is not None and lam is not None:
+        raise ValueError(f"{OP}: lam and trace exclude each other; trace replaces lam")
+    tau = check.number(OP, "tau", tau, 0.0, math.inf)
+    gamma = check.number(OP, "gamma", gamma, 0.0, 1.0)
+    alpha = check.number(OP, "alpha", alpha, 0.0, 1.0, open_low=True)
+    if not isinstance(lam, Tensor):
+        lam = check.number(OP, "lam", 0.95 if lam is None else lam, 0.0, 1.0)
+        if at_once(backend, values, mask, cu_seqlens):
+            try:
+                # fmt: off
+                return LambdaReturns._make(_compiled(
+                    log_ratios, values, rewards, tau, gamma, lam, None, alpha,
+                    mask, cu_seqlens, bootstrap, trace,
+                ))
+                # fmt: on
+            except (RuntimeError, TypeError):
+                pass  # the checks below say why
     tokens = {"values": values, "log_ratios": log_ratios, "rewards": rewards}
     if trace is not None:
-        if lam is not None:
-            raise ValueError(f"{OP}: lam and trace exclude each other; trace replaces lam")
         tokens["trace"] = trace
     per_sequence = {} if bootstrap is None else {"bootstrap": bootstrap}
     if isinstance(lam, Tensor):
         per_sequence["lam"] = lam
     use, dtype = check.scan(OP, tokens, mask, cu_seqlens, per_sequence)
-    tau, gamma = check.tau(OP, tau), check.number(OP, "gamma", gamma, 0.0, 1.0)
-    alpha = check.number(OP, "alpha", alpha, 0.0, 1.0, open_low=True)
     lam, lam_rows = check.trace_decay(OP, lam, values.shape, cu_seqlens)
     chosen = resolve(OP, values.device, dtype, backend)
     if chosen == "reference":
@@ -113,5 +130,10 @@ def lambda_returns(
 
 @fake("lambda_returns", differentiable=False)
 def _(rho, values, rewards, tau, gamma, lam, lam_rows, alpha, mask, cu_seqlens, boot, trace):
+    check.same_device(
+        *(OP, values.device),
+        **{"log_ratios": rho, "rewards": rewards, "lam": lam_rows, "mask": mask},
+        **{"cu_seqlens": cu_seqlens, "bootstrap": boot, "trace": trace},
+    )
     dtype = check.wide(rho, values, rewards, lam_rows, boot, trace)
     return tuple(values.new_empty(values.shape, dtype=dtype) for _ in range(3))

@@ -9,11 +9,11 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order, times
 from klq_kernels._dispatch import operator, resolve
+from klq_kernels._linear_head import Head
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss.reference import squared_residuals
 from klq_kernels.linear_klq_loss import reference
-from klq_kernels.linear_token_logprobs import sharded
 
 OP = "linear_klq_loss"
 
@@ -42,8 +42,11 @@ def linear_klq_loss(
     """klq_loss(hidden @ weight.T + bias, ...): the LM head and eq. (6) in one op.
 
     The targets are known before the head runs, so loss and gradients of hidden, weight, bias and
-    values are made chunk by chunk in the forward (6 N D V operations, no recomputation). dW is
-    accumulated in float32. The loss serves one backward; a second raises.
+    values are made chunk by chunk in the forward (6 N D V operations, no recomputation; 4 N D V and
+    no dW with a frozen weight). dW is summed in float32. Beyond results the call takes one chunk of
+    logits, that float32 dW where the weight has 16 bits, and little else (float16 heads: products
+    in float32, which are slower). The loss serves one backward, which passes over the gradients
+    only if its upstream is not 1; a second raises.
 
     Args:
         hidden: [..., D]; weight: [V, D]; bias: [V] or None, as in `linear_token_logprobs`. They and
@@ -92,13 +95,8 @@ def linear_klq_loss(
         "weights": weights,
         "normalizer": check.as_tensor(normalizer, hidden),
     }
-    if (tp_group := tp.several(OP, tp_group)) is not None:
-        logprobs = sharded(
-            *(OP, hidden, weight, bias, actions, use, t, cap),
-            *(logits_dtype, num_active, tp_group, chosen),
-        )
-        return squared_residuals(logprobs, values, **rest)
-    check.action_values(OP, actions, use, weight.shape[0])
+    shard = tp.shard_of(OP, tp_group, weight.shape[0])
+    check.action_values(OP, actions, use, weight.shape[0] if shard is None else shard.vocabulary)
     if chosen == "reference":
         return reference.linear_klq_loss(
             hidden,
@@ -111,6 +109,7 @@ def linear_klq_loss(
             logit_softcap=logit_softcap,
             logits_dtype=logits_dtype,
             num_active=num_active,
+            shard=shard,
         )
 
     heads = hidden, weight, bias
@@ -136,6 +135,7 @@ def linear_klq_loss(
         num_active,
         chunk_bytes,
         *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads),
+        shard,
         chosen,
     )
     return KLQLoss(loss, KLQStats(*stats.unbind(0)))
@@ -144,8 +144,12 @@ def linear_klq_loss(
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, values, *rest):
-        *rest, backend = rest
-        loss, stats, *made = operator(backend, OP)(hidden, weight, bias, values, *rest)
+        *rest, shard, ctx.backend = rest
+        args = hidden, weight, bias, values, *rest
+        if shard is None:
+            loss, stats, *made = operator(ctx.backend, OP)(*args)
+        else:
+            loss, stats, *made = forward(ctx.backend, *args, shard=shard)
         ctx.mark_non_differentiable(stats)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, values)]
         if torch.compiler.is_compiling():
@@ -158,7 +162,7 @@ class LinearLoss(torch.autograd.Function):
     @first_order(OP)
     def backward(ctx, upstream, *_):
         if torch.compiler.is_compiling():
-            made = ctx.saved_tensors
+            made = [times(g, upstream) for g in ctx.saved_tensors]
         elif ctx.made is None:
             raise RuntimeError(
                 f"{OP}: the gradients made in the forward were handed to the first backward; a "
@@ -166,11 +170,15 @@ class LinearLoss(torch.autograd.Function):
             )
         else:
             made, ctx.made = ctx.made, None
+            scale = operator(ctx.backend, "klq_loss_backward_")
+            for g in made:  # where they lie; the kernel does nothing for an upstream of 1
+                if g.numel():
+                    scale(g if g.dim() == 2 else g.unsqueeze(0), g.new_empty(0), upstream)
         grads = [
-            times(g, upstream).to(dtype) if need else None
+            g.to(dtype) if need else None
             for g, dtype, need in zip(made, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
-        return *grads, *(None,) * 16
+        return *grads, *(None,) * 17
 
 
 @composite(
@@ -182,7 +190,7 @@ class LinearLoss(torch.autograd.Function):
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @linear.keeps_dtypes
-def _forward(
+def forward(
     backend,
     hidden,
     weight,
@@ -201,42 +209,64 @@ def _forward(
     num_active,
     chunk_bytes,
     *needs,
+    shard=None,
 ):
-    need_hidden, need_weight, need_bias = needs
-    if hidden.dtype == torch.float16:
+    half = hidden.dtype == torch.float16
+    if half:
         # rule 13: the loss scale is not known yet, so nothing of the gradient is held in float16
         logits_dtype = torch.float32
-    tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
+    tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     if normalizer is None:
         active = mask.sum() if mask is not None else torch.full((), tokens, device=hidden.device)
-        normalizer = active.clamp(min=1).to(check.wide(hidden))
+        normalizer = active.clamp(min=1).to(dtype)
     normalizer = rows.poison(normalizer)  # NaN in the loss and in every gradient it divides
-    kept = rows.take(hidden)
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
+    head.whole = shard is not None and shard.vocabulary is None
     picked = [rows.take(x) for x in (actions, values, ref_logprobs, returns, weights)]
-    dtype = check.wide(hidden)
+    picked[0] = tp.local(shard, picked[0])
     loss, stats = hidden.new_zeros((), dtype=dtype), hidden.new_zeros(4, dtype=dtype)
-    dvalues = hidden.new_empty(picked[0].shape, dtype=dtype)
-    dhidden = torch.empty_like(kept, dtype=width) if need_hidden else None
-    dweight = dbias = None
-    for part in linear.chunks(kept.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
-        use = None if rows.mask is None else rows.mask[part]
-        logits = linear.head(kept[part], weight, bias, use, logits_dtype)
+    dvalues = hidden.new_empty(head.count, dtype=dtype)
+    for part in head.parts():
+        use = head.mask(part)
         a, v, ref, g, w = (None if x is None else x[part] for x in picked)
-        part_loss, part_stats, dvalues[part], _ = operator(backend, "klq_loss_")(
-            logits, a, v, ref, g, tau, use, w, normalizer, t, cap
-        )
+        if head.ours:
+            e = head.room(part)
+            logprobs, factors = head.exponentials(part, a, t, cap, e)
+            part_loss, part_stats, coefficients, dvalues[part] = operator(
+                backend, "klq_loss_tokens"
+            )(logprobs, v, ref, g, tau, use, w, normalizer)
+            head.hidden_gradient(part, e, coefficients * factors)
+            head.weight_gradient(part, e, coefficients * factors)
+        else:
+            logits = head.logits(part)
+            if shard is None:
+                part_loss, part_stats, dvalues[part], _ = operator(backend, "klq_loss_")(
+                    logits, a, v, ref, g, tau, use, w, normalizer, t, cap
+                )
+            else:
+                rest = {"ref_logprobs": ref, "returns": g, "tau": tau, "mask": use, "weights": w}
+                part_loss, part_stats, dvalues[part] = _sharded(
+                    backend, logits, a, v, t, cap, shard, normalizer=normalizer, **rest
+                )
+            head.backward(part, logits)
         loss, stats = loss + part_loss, stats + part_stats
-        dh, dw, db = linear.chunk_gradients(logits, kept[part], weight, use, *needs)
-        if need_hidden:
-            dhidden[part] = dh
-        dweight = linear.accumulate(dweight, dw) if need_weight else None
-        dbias = linear.accumulate(dbias, db) if need_bias else None
-    like = hidden, weight, bias
-    if hidden.dtype == torch.float16:
-        like = tuple(x if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in like)
-    grads = linear.finish(rows, like, (dhidden, dweight, dbias), needs)
+    grads = tp.complete(head.gradients(keep_wide=half), shard)
     return rows.poison(loss), rows.poison(stats), *grads, rows.put(dvalues, tokens)
+
+
+def _sharded(backend, logits, ids, values, t, cap, shard, **rest):
+    """klq_loss_ on this rank's slice of the vocabulary: (loss, stats, dvalues)."""
+    _, row_stats = operator(backend, "token_logprobs")(logits, ids, rest["mask"], t, cap)
+    logprobs, row_stats = tp.merge(row_stats, ids, rest["mask"], shard.group)
+    x, v = (y.detach().to(logprobs.dtype).requires_grad_() for y in (logprobs, values))
+    with torch.enable_grad():
+        loss, stats = squared_residuals(x, v, **rest)
+        coefficients, dvalues = torch.autograd.grad(loss, (x, v))
+    backward = operator(backend, "token_logprobs_backward_")
+    backward(logits, coefficients, ids, rest["mask"], row_stats, t, cap)
+    return loss.detach(), torch.stack(stats), dvalues
 
 
 @composite_fake(OP)

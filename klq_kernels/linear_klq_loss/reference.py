@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels._results import KLQLoss, KLQStats
+from klq_kernels._tensor_parallel import Shard
 from klq_kernels.klq_loss.reference import squared_residuals
 from klq_kernels.linear_token_logprobs.reference import (
     linear_token_logprobs,
@@ -30,6 +31,7 @@ def linear_klq_loss(
     logit_softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     num_active: int | None = None,
+    shard: Shard | None = None,
 ) -> KLQLoss:
     """klq_loss(hidden @ weight.T + bias, ...); NaN where `num_active` is too small."""
     logprobs = linear_token_logprobs(
@@ -42,6 +44,7 @@ def linear_klq_loss(
         logit_softcap=logit_softcap,
         logits_dtype=logits_dtype,
         num_active=num_active,
+        shard=shard,
     )
     loss, stats = squared_residuals(
         logprobs,

@@ -9,6 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
+from klq_kernels._linear_head import Head, pitch
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
@@ -33,22 +34,27 @@ def linear_token_logprobs(
 ) -> Tensor:
     """token_logprobs(hidden @ weight.T + bias, actions) for any upstream gradient.
 
-    The backward makes the logits of each chunk again (8 N D V operations in all).
+    The backward makes the logits of each chunk again (8 N D V operations in all), except those that
+    `keep_bytes` let the forward keep (6 N D V where it keeps them all). dW is summed in float32.
 
     Args:
         hidden: [..., D]; weight: [V, D]; bias: [V] or None; one dtype, unless under autocast,
             which casts them as F.linear does. All three receive gradients.
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`. NaN in an
             inactive row of `hidden` reaches no result and no gradient.
-        logits_dtype: torch.float32 keeps the head's logits in float32; None: in hidden's dtype.
+        logits_dtype: torch.float32 keeps the head's logits in float32, which for bfloat16 heads on
+            Hopper takes neither time nor memory; None: in hidden's dtype.
         num_active: number of active tokens, when the caller knows it: only these meet the head,
             without a synchronisation. More is allowed; fewer makes every result NaN.
-        chunk_bytes: bound on the logits held at a time (default 512 MiB).
-        keep_bytes: upper bound on what may be kept to spare the backward the logits; nothing is
-            kept in this version.
+        chunk_bytes: bound on the logits held at a time (default 512 MiB). Beyond results and what
+            `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
+            weight has 16 bits, and little else.
+        keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
+            is wanted. It changes time and memory, and no number.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
-            complete (already summed over the group). A DTensor weight sharded on dim 0 brings its
-            own group.
+            complete (already summed over the group). With (group, start) the tokens are one chunk:
+            ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
+            on dim 0 brings its own group and start.
 
     Returns:
         [...], float32 (float64 for float64 inputs), exactly 0 at inactive tokens.
@@ -64,12 +70,8 @@ def linear_token_logprobs(
     linear.integer(OP, "keep_bytes", keep_bytes, 0)
     t, cap = check.scaling(OP, temperature, logit_softcap)
     chosen = resolve(OP, hidden.device, check.wide(hidden), backend)
-    if (tp_group := tp.several(OP, tp_group)) is not None:
-        return sharded(
-            *(OP, hidden, weight, bias, actions, use, t, cap),
-            *(logits_dtype, num_active, tp_group, chosen),
-        )
-    check.action_values(OP, actions, use, weight.shape[0])
+    shard = tp.shard_of(OP, tp_group, weight.shape[0])
+    check.action_values(OP, actions, use, weight.shape[0] if shard is None else shard.vocabulary)
     if chosen == "reference":
         return reference.linear_token_logprobs(
             hidden,
@@ -81,7 +83,9 @@ def linear_token_logprobs(
             logit_softcap=logit_softcap,
             logits_dtype=logits_dtype,
             num_active=num_active,
+            shard=shard,
         )
+    wanted = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     logprobs = LinearTokenLogprobs.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -93,46 +97,39 @@ def linear_token_logprobs(
         logits_dtype,
         num_active,
         chunk_bytes,
+        keep_bytes if wanted and torch.is_grad_enabled() else 0,
+        shard,
         chosen,
     )
     return logprobs.reshape(actions.shape)
 
 
-def sharded(
-    op, hidden, weight, bias, actions, use, t, cap, logits_dtype, num_active, tp_group, backend
-) -> Tensor:
-    """Log-probs from a vocabulary slice of the head, composed of differentiable pieces."""
-    shard = tp.shard(tp_group, weight.shape[0])
-    check.action_values(op, actions, use, shard.vocabulary)
-    logits = reference.head_logits(
-        tp.SumGradient.apply(hidden, shard.group), weight, bias, use, logits_dtype
-    )
-    logprobs = tp.TokenLogprobs.apply(logits, shard.local(actions), use, t, cap, shard, backend)
-    few = reference.too_few(use, actions.numel(), num_active)
-    return reference.poisoned(logprobs, few)
-
-
 class LinearTokenLogprobs(torch.autograd.Function):
-    """Saves hidden, weight and three numbers a token; the backward recomputes logits by chunks."""
+    """Saves hidden, weight, three numbers a token and the logits it may keep."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, actions, mask, *rest):
-        *rest, ctx.backend = rest
-        logprobs, row_stats = operator(ctx.backend, OP)(hidden, weight, bias, actions, mask, *rest)
-        ctx.save_for_backward(hidden, weight, bias, actions, mask, row_stats)
-        ctx.rest = rest
+        *rest, keep_bytes, shard, backend = rest
+        args = hidden, weight, bias, actions, mask, *rest, keep_bytes
+        if shard is None:
+            logprobs, row_stats, kept = operator(backend, OP)(*args)
+        else:
+            logprobs, row_stats, kept = forward(backend, *args, shard=shard)
+        ctx.save_for_backward(hidden, weight, bias, actions, mask, row_stats, kept)
+        ctx.rest, ctx.shard, ctx.backend = rest, shard, backend
         return logprobs
 
     @staticmethod
     @first_order(OP)
     def backward(ctx, grad):
-        hidden, weight, bias, actions, mask, row_stats = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grads = operator(ctx.backend, f"{OP}_backward")(
-            grad, hidden, weight, bias, actions, mask, row_stats, *ctx.rest, *need[:3]
-        )
+        args = grad, *ctx.saved_tensors, *ctx.rest, *need[:3]
+        if ctx.shard is None:
+            grads = operator(ctx.backend, f"{OP}_backward")(*args)
+        else:
+            grads = backward(ctx.backend, *args, shard=ctx.shard)
         grads = [g if n else None for g, n in zip(grads, need[:3], strict=True)]
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 10
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask"
@@ -142,33 +139,75 @@ _REST = (
 )
 
 
-@composite(OP, f"({_HEAD}, {_REST}) -> (Tensor, Tensor)")
+@composite(OP, f"({_HEAD}, {_REST}, int keep_bytes) -> (Tensor, Tensor, Tensor)")
 @linear.keeps_dtypes
-def _forward(
-    backend, hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes
+def forward(
+    backend,
+    hidden,
+    weight,
+    bias,
+    actions,
+    mask,
+    t,
+    cap,
+    logits_dtype,
+    num_active,
+    chunk_bytes,
+    keep_bytes,
+    *,
+    shard=None,
 ):
-    tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
+    """Log-probs, (max, rest, z_a) of the rows that met the head, and what is kept of the first:
+    their logits; or their exponentials, whose factors then stand in row_stats[0]."""
+    tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(mask, tokens, num_active, hidden.device)
-    hidden, actions = rows.take(hidden), rows.take(actions)
-    dtype = check.wide(hidden)
-    logprobs = hidden.new_empty(actions.shape, dtype=dtype)
-    row_stats = hidden.new_empty((3, *actions.shape), dtype=dtype)
-    for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
-        use = None if rows.mask is None else rows.mask[part]
-        logits = linear.head(hidden[part], weight, bias, use, logits_dtype)
-        logprobs[part], row_stats[:, part] = operator(backend, "token_logprobs")(
-            logits, actions[part], use, t, cap
-        )
-    return rows.poison(rows.put(logprobs, tokens)), row_stats
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
+    head.whole = shard is not None and shard.vocabulary is None
+    actions = tp.local(shard, rows.take(actions))
+    logprobs = hidden.new_empty(head.count, dtype=dtype)
+    row_stats = hidden.new_zeros((3, head.count), dtype=dtype)
+    kept_dtype = logits_dtype or hidden.dtype
+    keep, width = _kept(head.count, weight, kept_dtype, 0 if head.whole else keep_bytes)
+    kept = hidden.new_empty((keep, width), dtype=kept_dtype)
+    kept[:, weight.shape[0] :].zero_()
+    exponentials = kept.view(hidden.dtype)[:, : weight.shape[0]] if head.ours else None
+    token_logprobs = operator(backend, "token_logprobs")
+
+    def run(part: slice, out: Tensor | None) -> None:
+        logits, use = head.logits(part, out), head.mask(part)
+        made = token_logprobs(logits, actions[part], use, t, cap)
+        if shard is not None:
+            made = tp.merge(made[1], actions[part], use, shard.group)
+        logprobs[part], row_stats[:, part] = made
+
+    if head.ours:
+        for part in head.parts_to_sum(0, keep):
+            made = head.exponentials(part, actions[part], t, cap, exponentials[part])
+            logprobs[part], row_stats[0, part] = made
+        for part in head.parts_to_sum(keep):
+            logprobs[part] = head.sums(part, actions[part], t, cap)[0]
+    else:
+        for part in head.parts(0, keep):
+            run(part, kept[part, : weight.shape[0]])
+        for part in head.parts(keep):
+            run(part, None)
+    return rows.poison(rows.put(logprobs, tokens)), row_stats, kept
+
+
+def _kept(count: int, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> tuple[int, int]:
+    """Rows that are kept, and elements from one to the next."""
+    width = pitch(weight.shape[0])
+    return min(count, keep_bytes // (width * dtype.itemsize)), width
 
 
 @composite(
     f"{OP}_backward",
-    f"(Tensor grad, {_HEAD}, Tensor row_stats, {_REST}, bool need_hidden, bool need_weight, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_HEAD}, Tensor row_stats, Tensor kept, {_REST}, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
 )
 @linear.keeps_dtypes
-def _backward(
+def backward(
     backend,
     grad,
     hidden,
@@ -177,43 +216,62 @@ def _backward(
     actions,
     mask,
     row_stats,
+    kept,
     t,
     cap,
     logits_dtype,
     num_active,
     chunk_bytes,
-    need_hidden,
-    need_weight,
-    need_bias,
+    *needs,
+    shard=None,
 ):
-    tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
-    rows = linear.compact(mask, tokens, num_active, hidden.device)
-    kept, actions = rows.take(hidden), rows.take(actions)
+    rows = linear.compact(mask, hidden.shape[0], num_active, hidden.device)
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
+    head.whole = shard is not None and shard.vocabulary is None
+    actions = tp.local(shard, rows.take(actions))
     grad = rows.poison(rows.take(grad))
-    dhidden = torch.empty_like(kept) if need_hidden else None
-    dweight = dbias = None
-    for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
-        use = None if rows.mask is None else rows.mask[part]
-        logits = linear.head(kept[part], weight, bias, use, logits_dtype)
-        dlogits = operator(backend, "token_logprobs_backward")(
-            grad[part], logits, actions[part], use, row_stats[:, part], t, cap
-        )
-        dh, dw, db = linear.chunk_gradients(
-            dlogits, kept[part], weight, use, need_hidden, need_weight, need_bias
-        )
-        if need_hidden:
-            dhidden[part] = dh
-        dweight = linear.accumulate(dweight, dw) if need_weight else None
-        dbias = linear.accumulate(dbias, db) if need_bias else None
-    needs = need_hidden, need_weight, need_bias
-    return linear.finish(rows, (hidden, weight, bias), (dhidden, dweight, dbias), needs)
+    keep, vocabulary = len(kept), weight.shape[0]
+    if head.ours:
+        grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
+        if keep:
+            e, factors = kept.view(hidden.dtype)[:, :vocabulary], row_stats[0, :keep]
+            for part in head.parts_to_sum(0, keep):
+                scale = grad[part] * factors[part]
+                head.hidden_gradient(part, e[part], scale)
+                head.weight_gradient(part, e[part], scale)
+        for part in head.parts(keep):
+            e = head.room(part)
+            _, factors = head.exponentials(part, actions[part], t, cap, e)
+            head.hidden_gradient(part, e, grad[part] * factors)
+            head.weight_gradient(part, e, grad[part] * factors)
+        return head.gradients()
+    token_logprobs_backward = operator(backend, "token_logprobs_backward")
+    token_logprobs_backward_ = operator(backend, "token_logprobs_backward_")
+    for part in head.parts(0, keep):
+        rest = actions[part], head.mask(part), row_stats[:, part], t, cap
+        logits = kept[part, :vocabulary]
+        dlogits = token_logprobs_backward(grad[part], logits, *rest)
+        head.backward(part, dlogits)
+        del dlogits  # before the next is made
+    for part in head.parts(keep):
+        rest = actions[part], head.mask(part), row_stats[:, part], t, cap
+        logits = head.logits(part)
+        token_logprobs_backward_(logits, grad[part], *rest)
+        head.backward(part, logits)
+    return tp.complete(head.gradients(), shard)
 
 
 @composite_fake(OP)
-def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
+def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes, keep):
     rows = actions.shape[0] if num_active is None or mask is None else num_active
-    dtype = check.wide(hidden)
-    return hidden.new_empty(actions.shape, dtype=dtype), hidden.new_empty((3, rows), dtype=dtype)
+    dtype, kept = check.wide(hidden), logits_dtype or hidden.dtype
+    keep, width = _kept(rows, weight, kept, keep)
+    return (
+        hidden.new_empty(actions.shape, dtype=dtype),
+        hidden.new_empty((3, rows), dtype=dtype),
+        hidden.new_empty((keep, width), dtype=kept),
+    )
 
 
 @composite_fake(f"{OP}_backward")

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from klq_kernels import _tensor_parallel as tp
 from klq_kernels.token_logprobs.reference import select_rows, token_logprobs
 
 
@@ -50,13 +51,16 @@ def linear_token_logprobs(
     logit_softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     num_active: int | None = None,
+    shard: tp.Shard | None = None,
 ) -> Tensor:
-    """token_logprobs(hidden @ weight.T + bias, actions)."""
-    logprobs = token_logprobs(
-        head_logits(hidden, weight, bias, mask, logits_dtype),
-        actions,
-        mask=mask,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-    )
+    """token_logprobs(hidden @ weight.T + bias, actions); weight and bias may be a rank's slice."""
+    if shard is not None:
+        hidden = tp.SumGradient.apply(hidden, shard.group)
+    logits = head_logits(hidden, weight, bias, mask, logits_dtype)
+    if shard is None:
+        scaling = {"temperature": temperature, "logit_softcap": logit_softcap}
+        logprobs = token_logprobs(logits, actions, mask=mask, **scaling)
+    else:
+        rest = mask, temperature, logit_softcap or 0.0, shard, "reference"
+        logprobs = tp.TokenLogprobs.apply(logits, shard.local(actions), *rest)
     return poisoned(logprobs, too_few(mask, actions.numel(), num_active))

@@ -8,9 +8,9 @@ from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._dispatch import operator, resolve
+from klq_kernels._linear_head import Head
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels._results import TokenStats
-from klq_kernels.linear_token_logprobs.reference import head_logits, poisoned, too_few
 from klq_kernels.linear_token_stats import reference
 
 OP = "linear_token_stats"
@@ -50,14 +50,8 @@ def linear_token_stats(
     )
     t, cap = check.scaling(OP, temperature, logit_softcap)
     chosen = resolve(OP, hidden.device, check.wide(hidden), backend)
-    if (tp_group := tp.several(OP, tp_group)) is not None:
-        shard = tp.shard(tp_group, weight.shape[0])
-        check.action_values(OP, actions, use, shard.vocabulary)
-        logits = head_logits(hidden, weight, bias, use, logits_dtype)
-        stats = tp.stats(logits, shard.local(actions), use, t, cap, shard.group, chosen)
-        few = too_few(use, actions.numel(), num_active)
-        return TokenStats(*(poisoned(x, few) for x in stats), None, None)
-    check.action_values(OP, actions, use, weight.shape[0])
+    shard = tp.shard_of(OP, tp_group, weight.shape[0])
+    check.action_values(OP, actions, use, weight.shape[0] if shard is None else shard.vocabulary)
     if chosen == "reference":
         return reference.linear_token_stats(
             hidden,
@@ -69,8 +63,9 @@ def linear_token_stats(
             logit_softcap=logit_softcap,
             logits_dtype=logits_dtype,
             num_active=num_active,
+            shard=shard,
         )
-    logprobs, entropy = operator(chosen, OP)(
+    args = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -82,6 +77,10 @@ def linear_token_stats(
         num_active,
         chunk_bytes,
     )
+    if shard is None:
+        logprobs, entropy = operator(chosen, OP)(*args)
+    else:
+        logprobs, entropy = forward(chosen, *args, shard=shard)
     return TokenStats(logprobs.reshape(actions.shape), entropy.reshape(actions.shape), None, None)
 
 
@@ -92,20 +91,38 @@ def linear_token_stats(
     "-> (Tensor, Tensor)",
 )
 @linear.keeps_dtypes
-def _forward(
-    backend, hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes
+def forward(
+    backend,
+    hidden,
+    weight,
+    bias,
+    actions,
+    mask,
+    t,
+    cap,
+    logits_dtype,
+    num_active,
+    chunk_bytes,
+    *,
+    shard=None,
 ):
-    tokens, width = hidden.shape[0], logits_dtype or hidden.dtype
+    tokens = hidden.shape[0]
     rows = linear.compact(mask, tokens, num_active, hidden.device)
-    hidden, actions = rows.take(hidden), rows.take(actions)
-    logprobs = hidden.new_empty(actions.shape, dtype=check.wide(hidden))
+    usable = backend if shard is None else None
+    head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
+    head.whole = shard is not None and shard.vocabulary is None
+    actions = tp.local(shard, rows.take(actions))
+    logprobs = hidden.new_empty(head.count, dtype=check.wide(hidden))
     entropy = torch.empty_like(logprobs)
-    for part in linear.chunks(actions.shape[0], weight.shape[0], width.itemsize, chunk_bytes):
-        use = None if rows.mask is None else rows.mask[part]
-        logits = linear.head(hidden[part], weight, bias, use, logits_dtype)
-        stats = operator(backend, "token_stats")
-        out = stats(logits, actions[part], None, use, t, cap)
-        logprobs[part], entropy[part] = out[:2]
+    for part in head.parts_to_sum() if head.ours else ():
+        logprobs[part], _, entropy[part] = head.sums(part, actions[part], t, cap, entropy=True)
+    for part in head.parts() if not head.ours else ():
+        logits, use = head.logits(part), head.mask(part)
+        if shard is None:
+            made = operator(backend, "token_stats")(logits, actions[part], None, use, t, cap)[:2]
+        else:
+            made = tp.stats(logits, actions[part], use, t, cap, shard.group, backend)
+        logprobs[part], entropy[part] = made
     return tuple(rows.poison(rows.put(x, tokens)) for x in (logprobs, entropy))
 
 

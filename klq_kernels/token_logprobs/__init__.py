@@ -99,3 +99,8 @@ def _(logits, actions, mask, temperature, softcap):
 @fake("token_logprobs_backward")
 def _(grad, logits, actions, mask, row_stats, temperature, softcap):
     return logits.new_empty(logits.shape)
+
+
+@fake("token_logprobs_backward_")
+def _(logits, grad, actions, mask, row_stats, temperature, softcap):
+    return None

@@ -5,6 +5,7 @@ The same kernel serves token_log_ratios and klq_targets, so that policy and refe
 arithmetic and equal rows give a log-ratio of exactly 0.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -158,6 +159,7 @@ def write_gradient(
 def backward_kernel(
     grad,
     logits,
+    picked,  # the logits of the actions where `out` is `logits`, whose programs run in any order
     actions,
     mask,
     row_stats,
@@ -183,11 +185,14 @@ def backward_kernel(
     active = is_active(mask, i)
     action, _ = column(tl.load(actions + i).to(tl.int64), width)
     row = row_at(logits, i, inner, near, far, UNIT)
-    to = out + i * (width // OUT_UNIT) * OUT_UNIT
+    to = row if picked is not None else out + i * (width // OUT_UNIT) * OUT_UNIT
     z = tl.load(row_stats + i)
     top = z / inverse_t if KIND else z
     rest = tl.load(row_stats + rows + i)
-    x_a = tl.load(row + action, mask=active & (action >= 0), other=0.0).to(tl.float32)
+    if picked is None:
+        x_a = tl.load(row + action, mask=active & (action >= 0), other=0.0).to(tl.float32)
+    else:
+        x_a = tl.load(picked + i).to(tl.float32)
     # of the logit itself where it is in this row, and not on another rank
     d = tl.where(action >= 0, capped(x_a, cap, KIND) - top, 0.0) * factor_of(inverse_t)
     z_a = tl.load(row_stats + rows * 2 + i)
@@ -275,8 +280,28 @@ def token_logprobs_backward(
     temperature: float,
     softcap: float,
 ) -> Tensor:
-    width = logits.shape[-1]
     out = host.like(logits, logits.shape, logits.dtype)
+    run_backward(grad, logits, None, actions, mask, row_stats, temperature, softcap, out)
+    return out
+
+
+def token_logprobs_backward_(
+    logits: Tensor,
+    grad: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    row_stats: Tensor,
+    temperature: float,
+    softcap: float,
+) -> None:
+    known = (actions >= 0) & (actions < logits.shape[-1])
+    ids = torch.where(known, actions, 0).long().unsqueeze(-1)
+    picked = logits.gather(-1, ids).squeeze(-1)
+    run_backward(grad, logits, picked, actions, mask, row_stats, temperature, softcap, logits)
+
+
+def run_backward(grad, logits, picked, actions, mask, row_stats, temperature, softcap, out):
+    width = logits.shape[-1]
     inverse_t, cap, kind = host.scaling(temperature, softcap)
     inner, near, far, unit = host.rows_of(logits)
     r, lanes, vector, warps = host.tile(width, kind, 8, 4, logits.dtype)
@@ -288,6 +313,7 @@ def token_logprobs_backward(
         *(
             host.compact(grad),
             logits,
+            picked,
             host.compact(actions),
             host.compact(mask),
             host.compact(row_stats),
@@ -296,4 +322,3 @@ def token_logprobs_backward(
         *(unit, 8 if width % 8 == 0 else 1, kind, r, lanes, vector),
         num_warps=warps,
     )
-    return out

@@ -24,6 +24,7 @@ def right_calls() -> tuple[dict[str, list], torch.Tensor, torch.Tensor]:
         {
             "token_logprobs": [z, a, mask, *T],
             "token_logprobs_backward": [x, z, a, mask, stats, *T],
+            "token_logprobs_backward_": [z, x, a, mask, stats, *T],
             "token_log_ratios": [z, ref, a, mask, *T],
             "token_stats": [z, a, ref, mask, *T],
             "q_values": [z, ref, x, 0.3, *T],
@@ -68,6 +69,8 @@ def wrong(name: str, args: list, mask: torch.Tensor, ends: torch.Tensor):
             yield "with strides over the vocabulary", y.T, i
             deep = torch.randn(2, 3, 4, 300, device=y.device)[:, :2, :3]
             yield "with three leading strides", deep, i
+        if name in ("lambda_returns", "gae"):
+            yield "of another rank", y[None], i
         if name in ("lambda_returns", "gae", "place_scores") and y is not ends:
             yield "of another type", y.float() if y is mask else y.long(), i
 

@@ -173,6 +173,8 @@ def bounds(spec: OpSpec, inputs: dict, truth: dict, baseline: dict, dtype) -> di
         if spec.kind != "scan" and name in ("out", "kl", "entropy", "log_ratios"):
             scale = max(scale, chosen)  # differences and means of log-probs
         out[name] = row_bound(baseline[name], t, scale, dtype)
+        if spec.kind == "linear" and t.dim() == 0 and dtype in (torch.bfloat16, torch.float16):
+            out[name] += 2.0**-10 * scale  # sums over rounded logits: see gradient_bound
         if name in ("logprobs", "ref_logprobs"):
             ratio += out[name]
     if spec.kind in ("scan", "targets") and "values" in inputs:

@@ -18,24 +18,24 @@ from klq_kernels import (
 TOKENS, WIDTH = 12, 8
 
 
-def problem(vocabulary: int, banned: slice | None) -> dict:
+def problem(vocabulary: int, banned: slice | None, device: torch.device) -> dict:
     made = torch.Generator().manual_seed(3)
 
     def draw(*shape):
-        return torch.randn(shape, generator=made)
+        return torch.randn(shape, generator=made).to(device)
 
     bias = draw(vocabulary) * 0.1
     if banned is not None:
         bias[banned] = -torch.inf
     allowed = bias.isfinite().nonzero().squeeze(-1)
     picked = torch.linspace(0, len(allowed) - 1, TOKENS).long()  # targets on every rank's slice
-    mask = torch.rand(TOKENS, generator=made) < 0.8
+    mask = (torch.rand(TOKENS, generator=made) < 0.8).to(device)
     mask[0] = mask[-1] = True
     return {
         "hidden": draw(TOKENS, WIDTH),
         "weight": draw(vocabulary, WIDTH),
         "bias": bias,
-        "actions": allowed[picked],
+        "actions": allowed[picked.to(device)],
         "values": draw(TOKENS),
         "mask": mask,
         "rest": {"ref_logprobs": draw(TOKENS) - 3, "returns": draw(TOKENS), "tau": 0.3},
@@ -68,6 +68,15 @@ def run(p: dict, part: slice, backend: str, tp_group=None, wrap=lambda w: w) -> 
     out["linear_klq_loss"] = [made.loss, *made.stats, *grads]
     h, w, b, v = leaves()
     out["linear_token_stats"] = list(linear_token_stats(h, wrap(w), a, bias=b, **how, **group)[:2])
+    # chunks of two rows: every op meets the group once a chunk
+    h, w, b, v = leaves()
+    small = {**how, **group, "chunk_bytes": 4 * 27 * 4}
+    lp = linear_token_logprobs(h, wrap(w), a, bias=b, **small, keep_bytes=3 * 27 * 4)
+    out["by chunks"] = [lp, *torch.autograd.grad(lp.sin().sum(), (h, w, b))]
+    h, w, b, v = leaves()
+    made = linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **small)
+    out["by chunks"] += [made.loss, *made.stats, *torch.autograd.grad(made.loss, (h, w, b, v))]
+    out["by chunks"] += linear_token_stats(h, wrap(w), a, bias=b, **small)[:2]
     few = {**how, **group, "num_active": 1}
     assert linear_token_logprobs(h, wrap(w), a, bias=b, **few).isnan().all()
     assert linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **few).loss.isnan()
@@ -85,18 +94,23 @@ def compare(got: dict, want: dict, part: slice, vocabulary: int, what: str) -> N
             )
 
 
-def main(rank: int, world: int, store: str) -> None:
+def main(rank: int, world: int, store: str, kind: str = "cpu") -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    how = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
     everything = dist.group.WORLD
-    for backend in ("cpp", "reference"):
+    backends = ("cuda", "triton", "reference") if kind == "cuda" else ("cpp", "reference")
+    for backend in backends:
         for name, vocabulary, cuts, banned in (
             ("equal", 38, (0, 19, 38), None),
             ("uneven", 38, (0, 27, 38), None),
             ("a shard all -inf", 38, (0, 19, 38), slice(19, 38)),
             ("first shard all -inf", 38, (0, 11, 38), slice(0, 11)),
         ):
-            p = problem(vocabulary, banned)
+            p = problem(vocabulary, banned, device)
             want = run(p, slice(0, vocabulary), backend)
             part = slice(cuts[rank], cuts[rank + 1])
             got = run(p, part, backend, (everything, cuts[rank]))
@@ -107,15 +121,15 @@ def main(rank: int, world: int, store: str) -> None:
                 compare(got, want, part, vocabulary, f"group alone, {backend}")
 
     # TP = 1: one rank with the whole vocabulary
-    p = problem(38, None)
+    p = problem(38, None, device)
     alone = [dist.new_group([r]) for r in range(world)][rank]
-    for backend in ("cpp", "reference"):
+    for backend in backends:
         want, got = run(p, slice(0, 38), backend), run(p, slice(0, 38), backend, (alone, 0))
         for op in want:
             assert all(torch.equal(x, y) for x, y in zip(got[op], want[op], strict=True)), op
 
     # a DTensor weight brings its group; other placements are refused with advice
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(kind, (world,))
     whole = p["weight"]
     sharded = distribute_tensor(whole, mesh, [Shard(0)])
     a, bias = p["actions"], p["bias"].chunk(world)[rank]
@@ -143,9 +157,10 @@ def main(rank: int, world: int, store: str) -> None:
             else:
                 raise AssertionError(f"{op.__name__} accepted {placement}")
     try:
-        token_logprobs(whole @ whole.T, torch.full((38,), 99), tp_group=everything)
+        if kind == "cpu":
+            token_logprobs(whole @ whole.T, torch.full((38,), 99), tp_group=everything)
     except IndexError as error:
         assert "[0, 76)" in str(error)
     else:
-        raise AssertionError("an id outside the whole vocabulary was accepted")
+        assert kind != "cpu", "an id outside the whole vocabulary was accepted"
     dist.destroy_process_group()

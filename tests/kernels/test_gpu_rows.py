@@ -22,7 +22,7 @@ from oracle import (
 from torch import Tensor
 
 from klq_kernels._dispatch import operator
-from klq_kernels._registry import SPECS
+from klq_kernels._registry import SPECS, away_from_q
 
 pytestmark = pytest.mark.gpu
 CAPPED = {"temperature": 0.7, "logit_softcap": 30.0}
@@ -74,11 +74,13 @@ def assert_only(view: Tensor, block: Tensor, before: Tensor) -> None:
     assert same_bits(block, before), "memory beside the view was written"
 
 
-def masked_nan(op: str, dtype: torch.dtype, vocabulary: int, leading) -> dict:
-    """Inputs of an op whose inactive tokens are NaN, ids too."""
+def masked_nan(op: str, dtype: torch.dtype, vocabulary: int, leading, scalars: dict) -> dict:
+    """Inputs of an op whose inactive tokens are NaN, ids too; coefficients of order one."""
     inputs = SPECS[op].inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary)
     inputs["mask"][0, 0], inputs["mask"][0, 1] = True, False
     inputs["actions"][0, 0], inputs["actions"][-1, -1] = vocabulary - 1, 0
+    if op == "klq_loss":
+        away_from_q(inputs, {**SPECS[op].scalars, **scalars})
     return poison(inputs, ~inputs["mask"], torch.nan)
 
 
@@ -108,7 +110,7 @@ def test_vocabularies_around_every_plan(backend, vocabulary, dtype, layout):
         (op, how) for op in ("token_logprobs", "token_stats", "klq_loss") for how in ({}, CAPPED)
     ]
     for op, scalars in cuda if backend == "cuda" else (cuda[0], cuda[2], cuda[5]):
-        inputs = masked_nan(op, dtype, vocabulary, leading)
+        inputs = masked_nan(op, dtype, vocabulary, leading, scalars)
         where = {"logits": laid(inputs["logits"], layout)}
         if op == "token_stats":
             where["ref_logits"] = laid(inputs["ref_logits"], layout, 3)
@@ -176,6 +178,8 @@ def test_more_rows_than_fit_at_once(backend, leading, vocabulary, dtype, percent
         spec = SPECS[op]
         inputs = spec.inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary)
         inputs["mask"] = torch.rand(leading, device=DEVICE) < percent / 100
+        if op == "klq_loss":
+            away_from_q(inputs, spec.scalars)
         inputs["logits"].masked_fill_(~inputs["mask"].unsqueeze(-1), torch.nan)
         check_slices(spec, inputs, backend, dtype, max(1, leading[0] // 8))
 

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LM head over chunks of tokens, forward and backward.
+
+Logits wanted in float32 cost nothing on Hopper: there the head's product is our own
+(csrc/cuda/gemm.cuh), which sums up rows while they are in registers. Without a gradient no logits
+are stored at all, and with one, exponentials in their place, from which the gradients are plain
+products. Everywhere else the products are the library's and row kernels run between them.
+
+A chunk's logits fit in `chunk_bytes` and live in one buffer, which the row kernels read and, where
+a gradient is made, overwrite with it. No tensor of size tokens x vocabulary ever exists. The
+gradient of the weight is summed over the chunks in float32: the error of rounding each chunk's to
+16 bits would grow with their number.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from klq_kernels import _checks as check
+from klq_kernels._dispatch import operator
+from klq_kernels._extension import BUILD_INFO
+from klq_kernels._linear import Rows
+
+DEFAULT_CHUNK_BYTES = 512 << 20
+HALVES = (torch.float16, torch.bfloat16)
+SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
+SUM_BYTES = 32 << 20  # of float32 sums that are on their way into 16 bits, or to a row's result
+TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def ours(backend: str, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> bool:
+    """Whether our own product takes this head: by device, types and layout of the weight, never by
+    the number of tokens, so that log-probs of one model always come the same way."""
+    return (
+        backend != "triton"
+        and logits_dtype == torch.float32
+        and hidden.is_cuda
+        and hidden.dtype == torch.bfloat16  # of float16 the exponentials would overflow
+        and "9.0a" in BUILD_INFO["archs"]
+        and is_hopper(hidden.device)
+        and along_rows(weight)
+    )
+
+
+def along_rows(x: Tensor) -> bool:
+    """What the copy engine asks of a matrix: rows of whole 16 bytes, at multiples of 16 bytes."""
+    whole = x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
+    return whole and x.stride(1) == 1 and x.data_ptr() % 16 == 0
+
+
+def pitch(vocabulary: int) -> int:
+    """Logits from row to row: rows of 16-bit logits begin at multiples of 16 bytes."""
+    return -(-vocabulary // 8) * 8
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a @ b or, with `add`, out += a @ b; a float32 `out` of 16-bit operands is never rounded
+    on its way (CUDA)."""
+    if out.dtype == a.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+def chunks(first: int, end: int, bytes_a_row: int, chunk_bytes: int | None) -> Iterator[slice]:
+    """Slices of first:end of at most chunk_bytes, nearly equal and of whole tiles if they may."""
+    rows = end - first
+    fit = max(1, (chunk_bytes or DEFAULT_CHUNK_BYTES) // bytes_a_row)
+    size = -(-rows // max(1, -(-rows // fit)))
+    whole = -(-size // TILE) * TILE
+    size = max(1, whole if whole <= fit else size)
+    for start in range(first, end, size):
+        yield slice(start, min(start + size, end))
+
+
+class Head:
+    """hidden @ weight.T + bias for the tokens of one call that meet the head, chunk by chunk:
+
+    for part in head.parts():
+        logits = head.logits(part)
+        ...                           # a row kernel, which may write the gradient over them
+        head.backward(part, dlogits)
+    dh, dw, db = head.gradients()
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        logits_dtype: torch.dtype | None,
+        chunk_bytes: int | None,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+        backend: str | None = None,  # None: row kernels must see the logits
+    ):
+        self.tokens, self.rows = hidden.shape[0], rows
+        self.hidden, self.weight, self.bias = rows.take(hidden), weight, bias
+        self.ours = backend is not None and ours(backend, hidden, weight, logits_dtype)
+        if self.ours and not along_rows(self.hidden):
+            self.hidden = self.hidden.contiguous().clone()  # a clone begins where it should
+        self.count = self.hidden.shape[0]
+        self.dtype = logits_dtype or hidden.dtype
+        self.chunk_bytes = chunk_bytes
+        self.need_hidden, self.need_weight, self.need_bias = needs
+        half = hidden.dtype in HALVES
+        # float32 gradients of bfloat16 products are narrowed; of float16 they would flush to zero
+        if self.ours:
+            self.dtype = hidden.dtype
+        self.narrowed = half and self.dtype != hidden.dtype and hidden.dtype != torch.float16
+        self.bytes_a_logit = self.dtype.itemsize
+        if self.narrowed and any(needs):
+            self.bytes_a_logit += hidden.dtype.itemsize
+        self.buffer = None
+        self.dhidden = self.dweight = self.dbias = None
+        self.safe: tuple[slice, Tensor] | None = None
+        self.whole = False  # ranks that do not know each other's widths must cut alike: not at all
+
+    def parts(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
+        end = self.count if end is None else end
+        if self.whole:
+            return iter([slice(first, end)] if end > first else [])
+        return chunks(first, end, self.weight.shape[0] * self.bytes_a_logit, self.chunk_bytes)
+
+    def rows_of(self, part: slice) -> Tensor:
+        """Hidden rows of a chunk; NaN in inactive ones must meet neither product."""
+        if self.rows.mask is None:
+            return self.hidden[part]
+        if self.safe is None or self.safe[0] != part:
+            use = self.rows.mask[part].unsqueeze(-1)
+            self.safe = part, torch.where(use, self.hidden[part], 0.0)
+        return self.safe[1]
+
+    def mask(self, part: slice) -> Tensor | None:
+        return None if self.rows.mask is None else self.rows.mask[part]
+
+    def logits(self, part: slice, out: Tensor | None = None) -> Tensor:
+        """Logits of a chunk, in `out` or in the buffer until the next call."""
+        h, w, b = self.rows_of(part), self.weight, self.bias
+        out = self.room(part) if out is None else out
+        if out.dtype != h.dtype and not h.is_cuda:
+            h = h.float()
+            for s in self.slices():
+                torch.mm(h, w[s].float().T, out=out[:, s])
+        else:
+            product(h, w.T, out)
+        return out if b is None else out.add_(b)
+
+    def room(self, part: slice) -> Tensor:
+        """The buffer, as long as a chunk."""
+        rows, vocabulary = part.stop - part.start, self.weight.shape[0]
+        if self.buffer is None:  # the first chunk is the longest
+            self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
+        return self.buffer[:rows, :vocabulary]
+
+    def parts_to_sum(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
+        """Chunks for our product where their logits need no room."""
+        tiles = self.weight.shape[0] // 192 + 1  # csrc/cuda/linear_rows_kernel.cu
+        return chunks(first, self.count if end is None else end, tiles * 12, SUM_BYTES)
+
+    def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
+        """(log-probs, factors, entropy or an empty tensor) of a chunk, from float32 logits."""
+        h, use = self.hidden[part], self.mask(part)  # a row of NaN stays in its row
+        linear_rows_ = operator("cuda", "linear_rows_")
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, entropy, None)
+
+    def exponentials(self, part: slice, actions: Tensor, t: float, cap: float, out: Tensor):
+        """(log-probs, factors) of a chunk; `out` times a factor a row is the gradient of the
+        log-probs by the logits (csrc/cuda/linear_rows.h)."""
+        h, use = self.rows_of(part), self.mask(part)
+        linear_rows_ = operator("cuda", "linear_rows_")
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, out)[:2]
+
+    def slices(self) -> Iterator[slice]:
+        """Of the vocabulary, for what needs float32 copies of the operands."""
+        widest = max(self.weight.shape[1], self.hidden.shape[0])
+        step = max(1, SLICE_BYTES // (4 * widest))
+        for start in range(0, self.weight.shape[0], step):
+            yield slice(start, start + step)
+
+    def times_weight(self, x: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
+        """out = x @ weight, or scale x that, through float32: of a few rows cuBLAS adds up partial
+        sums in the result's type."""
+        width = self.weight.shape[1]
+        for part in chunks(0, len(x), 4 * width, SUM_BYTES):
+            wide = x.new_empty((part.stop - part.start, width), dtype=torch.float32)
+            product(x[part], self.weight, wide)
+            if scale is None:
+                out[part] = wide
+            else:
+                torch.mul(wide, scale[part], out=out[part])
+
+    def backward(self, part: slice, dlogits: Tensor) -> None:
+        """Adds a chunk's gradients to those of hidden, weight and bias that are wanted."""
+        h, w, first = self.rows_of(part), self.weight, part.start == 0
+        if self.need_bias:
+            db = dlogits.sum(0, dtype=check.wide(dlogits))
+            self.dbias = db if first else self.dbias.add_(db)
+        if self.narrowed:
+            dlogits = dlogits.to(h.dtype)
+        wide = dlogits.dtype != h.dtype  # a float16 head
+        if self.need_hidden:
+            if first:
+                self.dhidden = dlogits.new_empty(self.hidden.shape)
+            if wide:
+                dh = self.dhidden[part].zero_()
+                for s in self.slices():
+                    dh.addmm_(dlogits[:, s], w[s].float())
+            elif w.dtype in HALVES and w.is_cuda:
+                self.times_weight(dlogits, self.dhidden[part])
+            else:
+                torch.mm(dlogits, w, out=self.dhidden[part])
+        if self.need_weight:
+            half = w.dtype in HALVES
+            if first:
+                # the one chunk's product is rounded once, as if it had been summed in float32
+                alone = half and not wide and h.is_cuda and part.stop == self.count
+                self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
+            if wide or (half and not h.is_cuda):
+                h = h.float()
+                for s in self.slices():
+                    product(dlogits[:, s].T.float(), h, self.dweight[s], not first)
+            else:
+                product(dlogits.T, h, self.dweight, not first)
+
+    def hidden_gradient(self, part: slice, e: Tensor, scale: Tensor) -> None:
+        """dH of dlogits = scale x e."""
+        if not self.need_hidden:
+            return
+        if self.dhidden is None:
+            self.dhidden = torch.empty_like(self.hidden)
+        self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
+
+    def weight_gradient(self, part: slice, e: Tensor, scale: Tensor) -> None:
+        """Adds dW and db of dlogits = scale x e. The scaled hidden states are rounded: one rounding
+        more than a stored gradient has."""
+        w, first = self.weight, part.start == 0
+        if self.need_bias:
+            # a column sum as a product that reads e once: the scale in three 16-bit pieces
+            pieces, left = [], scale
+            for _ in range(3):
+                pieces.append(left.to(e.dtype))
+                left = left - pieces[-1].float()
+            zero = torch.zeros_like(pieces[0])
+            db = e.new_empty((len(w), 8), dtype=torch.float32)
+            product(e.T, torch.stack([*pieces, *[zero] * 5], 1), db)
+            self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
+        if not self.need_weight:
+            return
+        if first:
+            alone = part.stop == self.count
+            self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
+        h = self.rows_of(part)
+        scaled = torch.empty_like(h)
+        torch.mul(h, scale.unsqueeze(-1), out=scaled)
+        product(e.T, scaled, self.dweight, not first)
+
+    def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
+        and bias, or with `keep_wide` in those they were made in."""
+        self.buffer = None
+        out = []
+        needs = self.need_hidden, self.need_weight, self.need_bias
+        like = self.hidden, self.weight, self.bias
+        for name, x, need in zip(("dhidden", "dweight", "dbias"), like, needs, strict=True):
+            grad = getattr(self, name)
+            setattr(self, name, None)
+            if not need:
+                grad = self.weight.new_empty(0)
+            elif grad is None:  # no token at all
+                grad = x.new_zeros(x.shape, dtype=check.wide(x) if keep_wide else x.dtype)
+            elif not keep_wide:
+                grad = grad.to(x.dtype)
+            out.append(grad)
+        if self.need_hidden:
+            out[0] = self.rows.put(out[0], self.tokens)
+        return tuple(out)
+
+
+@torch.library.register_fake("klq::linear_rows_")
+def _(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
+    rows = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return rows, torch.empty_like(rows), rows.new_empty(rows.shape if entropy else (0,))
+
+
+@torch.library.register_fake("klq::klq_loss_tokens")
+def _(logprobs, values, ref_logprobs, returns, tau, mask, weights, normalizer):
+    tokens = [logprobs.new_empty(logprobs.shape[0]) for _ in range(2)]
+    return logprobs.new_empty(()), logprobs.new_empty(4), *tokens

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the LM-head ops owe to chunks: accuracy over their number, kept logits, memory, splits of a
+batch, upstreams of the loss."""
+
+import pytest
+import torch
+from oracle import everywhere, same_bits
+from test_process import python
+
+from klq_kernels import linear_klq_loss, linear_token_logprobs
+from klq_kernels._linear_head import chunks
+
+places = everywhere("linear_klq_loss", "linear_token_logprobs")
+
+
+def draw(*shape, seed=0, device="cpu", dtype=torch.float32):
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=made).to(device, dtype)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 129, 1000, 16384])
+@pytest.mark.parametrize("fit", [1, 3, 100, 128, 300, 5000, 20000])
+@pytest.mark.parametrize("first", [0, 7])
+def test_chunks_cover_every_row_once_within_the_bound(rows, fit, first):
+    parts = list(chunks(first, first + rows, 10, fit * 10 + 9))
+    assert [i for p in parts for i in range(p.start, p.stop)] == list(range(first, first + rows))
+    sizes = [p.stop - p.start for p in parts]
+    assert all(0 < n <= fit for n in sizes) and sizes == sorted(sizes, reverse=True)
+    least = -(-rows // fit)
+    assert least <= len(parts) <= least + 1
+    if fit >= 128 and len(parts) > 1:
+        assert all(n % 128 == 0 for n in sizes[:-1]) or max(sizes) > fit - 128
+
+
+def problem(device, dtype, kind, tokens=256, width=64, vocabulary=1031):
+    """Hidden states, head, targets on flat or peaked rows, in float64 and in `dtype`."""
+    scale = {"flat": 0.3, "peaked": 8.0}[kind]
+    h = draw(tokens, width, device=device, dtype=dtype)
+    w = (draw(vocabulary, width, seed=1, device=device) * scale * width**-0.5).to(dtype)
+    a = torch.arange(tokens, device=device) * 4 % vocabulary
+    a[::2] = (h[::2].float() @ w.float().T).argmax(-1)  # half of them likely
+    v, ref, g = (draw(tokens, seed=s, device=device) for s in (4, 5, 6))
+    return h, w, a, v, {"ref_logprobs": ref - 3, "returns": g, "tau": 0.7, "normalizer": 1.0}
+
+
+def gradients(op, h, w, a, v, rest, upstream=None, **how):
+    h, w = (x.detach().clone().requires_grad_() for x in (h, w))
+    if op == "loss":
+        out = linear_klq_loss(h, w, a, v, **rest, **how).loss
+    else:
+        out = linear_token_logprobs(h, w, a, **how)
+    return out.detach(), torch.autograd.grad(out, (h, w), upstream)
+
+
+def eager(op, h, w, a, v, rest, upstream=None):
+    """The head and its loss as a PyTorch user writes them: 16-bit logits, float32 log-softmax."""
+    h, w = (x.detach().clone().requires_grad_() for x in (h, w))
+    logits = torch.nn.functional.linear(h, w)
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    out = logits.log_softmax(-1).gather(-1, a[:, None])[:, 0]
+    if op == "loss":
+        q = rest["tau"] * (out - rest["ref_logprobs"]) + v
+        out = (q - rest["returns"]).square().sum()
+    return out.detach(), torch.autograd.grad(out, (h, w), upstream)
+
+
+@places
+@pytest.mark.parametrize("kind", ["flat", "peaked"])
+@pytest.mark.parametrize("op", ["loss", "logprobs"])
+def test_error_is_no_larger_than_eager_for_any_number_of_chunks(device, backend, op, kind):
+    """Case 64: dH and dW of a bfloat16 head over 1 to 64 chunks, against float64."""
+    if backend == "reference":
+        pytest.skip("the reference has no chunks")
+    h, w, a, v, rest = problem(device, torch.bfloat16, kind)
+    upstream = draw(len(a), seed=9, device=device) if op == "logprobs" else None
+    wide = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in rest.items()}
+    up64 = None if upstream is None else upstream.double()
+    _, truth = eager(op, h.double(), w.double(), a, v.double(), wide, up64)
+    _, plain = eager(op, h, w, a, v, rest, upstream)
+
+    def errors(grads):
+        return [(g.double() - t).norm() / t.norm() for g, t in zip(grads, truth, strict=True)]
+
+    allowed = errors(plain)
+    for count in (1, 2, 3, 16, 64):
+        chunk = len(a) // count * w.shape[0] * 2
+        _, grads = gradients(op, h, w, a, v, rest, upstream, chunk_bytes=chunk, backend=backend)
+        for name, got, most in zip(("dH", "dW"), errors(grads), allowed, strict=True):
+            assert got <= most * 1.02, f"{name}, {count} chunks: {got:.3e} against {most:.3e}"
+
+
+@places
+@pytest.mark.parametrize("kind", ["flat", "peaked"])
+def test_float32_logits_cost_a_tenth_of_the_log_probs_error(device, backend, kind):
+    h, w, a, v, rest = problem(device, torch.bfloat16, kind)
+    truth, _ = eager("logprobs", h.double(), w.double(), a, v, rest, v.double())
+    plain, _ = eager("logprobs", h, w, a, v, rest, v)
+    got = linear_token_logprobs(h, w, a, logits_dtype=torch.float32, backend=backend)
+    assert (got.double() - truth).norm() <= 0.1 * (plain.double() - truth).norm()
+
+
+@places
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [1, 100, 256, 5000])
+def test_keep_bytes_changes_no_number(device, backend, dtype, keep):
+    """Nothing, a part, all but nothing and everything kept; two backwards of each."""
+    h, w, a, v, rest = problem(device, dtype, "flat")
+    mask = torch.arange(len(a), device=device) % 5 > 0
+    row = w.shape[0] * dtype.itemsize
+    how = {"mask": mask, "chunk_bytes": 37 * row, "backend": backend}
+    out, want = gradients("logprobs", h, w, a, v, rest, v, **how)
+    x, y = (t.clone().requires_grad_() for t in (h, w))
+    kept = linear_token_logprobs(x, y, a, keep_bytes=keep * row, **how)
+    assert same_bits(kept.detach(), out)
+    for _ in range(2):
+        got = torch.autograd.grad(kept, (x, y), v, retain_graph=True)
+        for g, t in zip(got, want, strict=True):
+            # where a chunk ends does not change its rows, only the sums over them
+            most = (
+                {"rtol": 1e-5, "atol": 1e-5}
+                if dtype == torch.float32
+                else {"rtol": 2**-7, "atol": 2**-10}
+            )
+            most["atol"] *= float(t.abs().max())
+            torch.testing.assert_close(g, t, **most)
+
+
+@places
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(device, backend):
+    """Rule 11: 8 = 2 x 4 = 4 x 2 micro-batches and one empty of active tokens, one normaliser."""
+    h, w, a, v, rest = problem(device, torch.float32, "flat")
+    mask = draw(len(a), seed=3, device=device) < 0.5
+    mask[:32] = False
+    per_token = ("ref_logprobs", "returns")
+    rest["normalizer"] = mask.sum().float()
+    _, want = gradients("loss", h, w, a, v, rest, mask=mask, backend=backend)
+    for count in (2, 4, 8):
+        total = [torch.zeros_like(x) for x in (h, w)]
+        for i in torch.arange(len(a), device=device).chunk(count):
+            part = {k: x[i] if k in per_token else x for k, x in rest.items()}
+            how = {"mask": mask[i], "num_active": int(mask[i].sum()), "backend": backend}
+            _, grads = gradients("loss", h[i], w, a[i], v[i], part, **how)
+            total[0][i] = grads[0]
+            total[1] += grads[1]
+        for got, x in zip(total, want, strict=True):
+            torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-6 * float(x.abs().max()))
+
+
+@places
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upstream_of_the_loss(device, backend, dtype):
+    """Rule 12, case 40: powers of two scale every gradient exactly, 0 and -1 too."""
+    h, w, a, v, rest = problem(device, dtype, "flat")
+    _, want = gradients("loss", h, w, a, v, rest, backend=backend)
+    for factor in (1.0, 0.5, 65536.0, 0.0, -1.0):
+        upstream = torch.tensor(factor, device=device)
+        _, got = gradients("loss", h, w, a, v, rest, upstream, backend=backend)
+        for g, x in zip(got, want, strict=True):
+            assert torch.equal(g, x * factor)
+
+
+MEMORY = """
+import gc, resource, torch
+from klq_kernels import linear_klq_loss, linear_token_logprobs, linear_token_stats
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def now():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+tokens, width, vocabulary, chunk = 1024, 32, 50304, 16 << 20
+
+def measure(what, dtype):
+    h = torch.randn(tokens, width).to(dtype).requires_grad_()
+    w = torch.randn(vocabulary, width).to(dtype).requires_grad_()
+    a, x = torch.arange(tokens), torch.randn(tokens)
+    how = {"chunk_bytes": chunk, "mask": torch.ones(tokens, dtype=torch.bool)}
+    gc.collect()
+    keep = torch.ones(max(0, peak() - now()) // 4 + 2**18)
+    before = peak()
+    if what == "stats":
+        made = linear_token_stats(h, w, a, **how)[:2]
+    elif what == "logprobs":
+        out = linear_token_logprobs(h, w, a, **how)
+        made = [out, *torch.autograd.grad(out, (h, w), x)]
+    else:
+        out = linear_klq_loss(h, w, a, x, ref_logprobs=x, returns=x, tau=0.1, **how).loss
+        made = [out, *torch.autograd.grad(out, (h, w))]
+    beyond = peak() - before - sum(t.numel() * t.element_size() for t in made)
+    wide = 4 * w.numel() if dtype == torch.bfloat16 and what != "stats" else 0
+    return (beyond - wide - chunk) / 2**20
+
+for dtype in (torch.float32, torch.bfloat16):
+    measure("logprobs", dtype)  # the BLAS library keeps buffers of its first products
+    for what in ("stats", "logprobs", "loss"):
+        print(what, dtype, measure(what, dtype))
+"""
+
+
+def test_memory_beyond_results_is_a_chunk_and_a_float32_dw():
+    """On the CPU, 16 MiB chunks of logits that are 98 or 196 MiB whole: at most 24 MiB beyond the
+    chunk and, for a 16-bit weight, its gradient in float32 (16 MiB are float32 copies by slices).
+    """
+    lines = python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    seen = [line.rsplit(" ", 1) for line in lines.split("\n") if line]
+    assert len(seen) == 6 and not [x for x in seen if float(x[1]) > 24], seen
