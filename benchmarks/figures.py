@@ -101,10 +101,8 @@ def compared(found: dict, op: str) -> list[dict]:
 def floor_figure(found: dict) -> Figure:
     ops = [op for op in FLOORS if compared(found, op)]
     counts = [len({r["shape"] for r in compared(found, op)}) for op in ops]
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.38 * sum(counts) + 0.3 * len(ops)))
-    axes = figure.subplots(
-        len(ops), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts}
-    )[:, 0]
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.38 * sum(counts) + 0.5 * len(ops)))
+    axes = figure.subplots(len(ops), 1, squeeze=False, gridspec_kw={"height_ratios": counts})[:, 0]
     handles = {}
     for ax, op in zip(axes, ops, strict=True):
         rows = [r for r in compared(found, op) if r.get("floor")]
@@ -116,21 +114,20 @@ def floor_figure(found: dict) -> Figure:
                 shapes.index(r["shape"]) + shift,
                 **style(r["side"], linestyle="", markersize=8),
             )
-            handles.setdefault(names.family(r["side"]), (r["side"], mark))
+            handles.setdefault(names.family(r["side"]), mark)
         ax.axvline(1, color="black", linewidth=1)
         ax.set_xscale("log")
         ax.set_yticks(range(len(shapes)), shapes)
         ax.set_ylim(len(shapes) - 0.4, -0.6)
         ax.set_title(FLOORS[op], fontsize=10, loc="left", fontweight="bold")
-        ticks = [1, 1.5, 2, 3, 5, 10, 15]
-        ax.set_xticks(ticks)
+        low, high = ax.get_xlim()
+        ticks = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 15) if high < 3 else (1, 1.5, 2, 3, 5, 10, 15)
+        ax.set_xticks([t for t in ticks if low <= t <= high])
         ax.xaxis.set_major_formatter(FuncFormatter(plain))
         ax.xaxis.set_minor_locator(NullLocator())
-    axes[-1].set_xlabel(
-        "time ÷ floor (bytes at the copy rate of the run, log scale); less is better"
-    )
+    axes[-1].set_xlabel("time ÷ floor, as measured in the same run (log scale); less is better")
     figure.suptitle(machine_line(found) + "\ntokens × vocabulary, bfloat16, cold L2", fontsize=10)
-    legend(figure, dict(handles.values()), found)
+    legend(figure, handles, found)
     return figure
 
 
@@ -212,7 +209,9 @@ def roofline_figure(found: dict) -> Figure:
         roof = [min(x * top["copy"], product or float("inf")) / 1e12 for x in knee]
         ax.plot(knee, roof, color="black", linewidth=1.5)
         text = f"copy {rate(top['copy'])}B/s"
-        ax.annotate(text, (low * 1.1, low * 3 * top["copy"] / 1e12), fontsize=9)
+        middle = (low * knee[1]) ** 0.5
+        ax.annotate(text, (middle, middle * top["copy"] / 1e12), (8, -4),
+                    textcoords="offset points", va="top", fontsize=9)  # fmt: skip
         if product:
             text = f"product {rate(product)}FLOP/s"
             ax.annotate(text, (high / 1.2, product / 1e12), (0, 4), ha="right",

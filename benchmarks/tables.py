@@ -99,8 +99,9 @@ def heads(found: Found) -> list[str]:
             for i, shape in enumerate(shapes):
                 extra = found.rows.get((op, shape, side, "queued"), {}).get("extra_bytes")
                 cells[i] += f", {extra / 2**30:.2f}" if extra is not None else ""
-            called = names.called(side, found.machine)
-            out.append(line((title if side == "cuda" else f"– {called}", *cells)))
+            called = f"– {names.called(side, found.machine)}"
+            first = title + side.removeprefix("cuda")
+            out.append(line((first if names.family(side) == "cuda" else called, *cells)))
     return out if len(out) > 2 else []
 
 
