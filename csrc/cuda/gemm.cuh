@@ -32,6 +32,7 @@ struct Tiling {
   static constexpr int kStagingBytes = 2048;  // for the epilogue of each of the 8 warps
   static constexpr int kBytes = STAGES * kStageBytes + 8 * kStagingBytes + 1024;
   static constexpr int kSharedCols = COLS / CLUSTER;  // of B, loaded by one block for all
+  static_assert(CLUSTER > 1 && COLS % CLUSTER == 0);
   static_assert(kSharedCols % 8 == 0 && kSharedCols <= 256 && kRows <= 256);
 };
 
@@ -86,7 +87,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t mapped) {
 // An Epilogue is what becomes of C:
 //   wanted()   optional, the same for all threads: whether there is anything to do at all
 //   finish(c, row, column, staging, lane)   by warps, each for 16 rows of C
-template <class T, class Tile, class Epilogue>
+template <class Tile, class Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     gemm_kernel(const __grid_constant__ Product p, const __grid_constant__ Epilogue epilogue) {
 #if KLQ_HOPPER
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const uint32_t stages = (shared_address(dynamic) + 1023) & ~1023u;
   const uint32_t full = shared_address(barriers), empty = full + 8 * kStages;
   const int warpgroup = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), lane = threadIdx.x % 32;
-  const int rank = kCluster == 1 ? 0 : int(cluster_rank());
+  const int rank = int(cluster_rank());
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
   const int tiles = p.raster.count();
   auto rows_and_columns = [&](int t, int* row, int* column) {
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     prefetch_map(p.a), prefetch_map(p.b);
   }
   __syncthreads();
-  if (kCluster > 1) cluster_sync();
+  cluster_sync();
 
   if (warpgroup == 0) {
     give_registers<Tile::kLoadRegisters>();
@@ -136,8 +137,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           barrier_expect(bar, Tile::kStageBytes);
           const int depth = k * Tile::kDepth;
           load_box<false>(at, p.a, row, depth, bar, 0, policy);
-          load_box<(kCluster > 1)>(at + Tile::kABytes + part * 128, p.b, column + part, depth, bar,
-                                   kAll, policy);
+          load_box<true>(at + Tile::kABytes + part * 128, p.b, column + part, depth, bar, kAll,
+                         policy);
         }
       }
     }
@@ -149,11 +150,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const uint32_t free = lane < kCluster ? in_block(empty, lane) : 0;
     auto release = [&](uint32_t stage) {
       __syncwarp();
-      if (kCluster == 1) {
-        if (lane == 0) barrier_arrive(empty + 8 * stage);
-      } else if (lane < kCluster) {
-        barrier_arrive_remote(free + 8 * stage);
-      }
+      if (lane < kCluster) barrier_arrive_remote(free + 8 * stage);
     };
     const uint32_t staging =
         stages + kStages * Tile::kStageBytes + (consumer * 4 + warp) * Tile::kStagingBytes;
@@ -219,14 +216,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncwarp();
   }
   // no block leaves while another may still write into its shared memory
-  if (kCluster > 1) cluster_sync();
+  cluster_sync();
 #endif
 }
 
 // How many clusters of the kernel the device holds at once; 0: it was not built for it.
-template <class T, class Tile, class Epilogue>
+template <class Tile, class Epilogue>
 cudaError_t prepare_gemm(int* clusters) {
-  auto kernel = gemm_kernel<T, Tile, Epilogue>;
+  auto kernel = gemm_kernel<Tile, Epilogue>;
   static std::atomic<int> known[kMaxDevices];
   Device device;
   if (cudaError_t e = this_device(&device)) return e;
@@ -252,12 +249,12 @@ cudaError_t prepare_gemm(int* clusters) {
 }
 
 // C = A B^T of a [rows, depth] and b [columns, depth].
-template <class T, class Tile, class Epilogue>
+template <class Tile, class Epilogue>
 cudaError_t launch_gemm(const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                         cudaStream_t stream) {
-  auto kernel = gemm_kernel<T, Tile, Epilogue>;
+  auto kernel = gemm_kernel<Tile, Epilogue>;
   int clusters = 0;
-  if (cudaError_t e = prepare_gemm<T, Tile, Epilogue>(&clusters)) return e;
+  if (cudaError_t e = prepare_gemm<Tile, Epilogue>(&clusters)) return e;
   auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t down = ceil_div(a.rows, Tile::kRows * Tile::kCluster);
   const int64_t across = ceil_div(b.rows, Tile::kCols);

@@ -304,11 +304,11 @@ cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
   reference_kernel<T><<<unsigned((args.rows + 7) / 8), 256, 0, stream>>>(
       rows, hidden, args.hidden_stride, weight, args.weight_stride, bias, int(args.depth));
   if (cudaError_t e = cudaGetLastError()) return e;
-  if (cudaError_t e = launch_gemm<T, Tile>(a, b, store, stream)) return e;
+  if (cudaError_t e = launch_gemm<Tile>(a, b, store, stream)) return e;
   check_references_kernel<<<blocks, 32 * kMergers, 0, stream>>>(rows);
   if (cudaError_t e = cudaGetLastError()) return e;
   store.only_again = true;
-  if (cudaError_t e = launch_gemm<T, Tile>(a, b, store, stream)) return e;
+  if (cudaError_t e = launch_gemm<Tile>(a, b, store, stream)) return e;
   finish_rows_kernel<T><<<blocks, 32 * kMergers, 0, stream>>>(
       rows, static_cast<T*>(args.exponentials), args.stride, args.logprobs, args.factors,
       kMoments ? args.entropy : nullptr);
