@@ -264,7 +264,8 @@ def backward(
 
 @composite_fake(OP)
 def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes, keep):
-    rows = actions.shape[0] if num_active is None or mask is None else num_active
+    tokens = actions.shape[0]
+    rows = tokens if num_active is None or mask is None or tokens == 0 else num_active
     dtype, kept = check.wide(hidden), logits_dtype or hidden.dtype
     keep, width = _kept(rows, weight, kept, keep)
     return (

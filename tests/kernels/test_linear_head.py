@@ -159,6 +159,24 @@ def test_upstream_of_the_loss(device, backend, dtype):
             assert torch.equal(g, x * factor)
 
 
+@pytest.mark.parametrize("tokens", [0, 6])
+@pytest.mark.parametrize("num_active", [None, 0, 4, 9])
+@pytest.mark.parametrize("masked", [True, False])
+def test_fakes_know_the_rows_that_meet_the_head(tokens, num_active, masked):
+    """Also of no token at all, which no number of active ones makes a row of."""
+    h, w, a = draw(tokens, 4), draw(11, 4), torch.arange(tokens)
+    mask = a % 2 == 0 if masked else None
+    head, rest = (h, w, None, a, mask), (1.0, 0.0, None, num_active, None)
+    forward = torch.ops.klq.linear_token_logprobs.default
+    backward = torch.ops.klq.linear_token_logprobs_backward.default
+    keep = 2 * 16 * 4
+    made = forward(*head, *rest, keep)
+    calls = [(forward, (*head, *rest, keep))]
+    calls += [(backward, (torch.ones(tokens), *head, *made[1:], *rest, True, True, False))]
+    for op, args in calls:  # the other checks take no NaN, which too small a number gives
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
+
+
 MEMORY = """
 import gc, resource, torch
 from klq_kernels import linear_klq_loss, linear_token_logprobs, linear_token_stats
