@@ -105,10 +105,11 @@ class Rows(NamedTuple):
         return x.index_select(0, self.index.clamp(max=x.shape[0] - 1))
 
     def put(self, x: Tensor, tokens: int) -> Tensor:
-        """The inverse of `take`: [N, ...], 0 where no row was taken."""
+        """The inverse of `take`: [N, ...], 0 where no row was taken (NaN if `too_few`)."""
         if self.index is None:
             return x
-        out = x.new_zeros((tokens + 1, *x.shape[1:]))
+        rest = self.poison(x.new_zeros(()))
+        out = rest.expand(tokens + 1, *x.shape[1:]).contiguous()
         return out.index_copy_(0, self.index, x)[:tokens]
 
     def poison(self, x: Tensor) -> Tensor:
@@ -121,8 +122,8 @@ def compact(mask: Tensor | None, tokens: int, num_active: int | None, device) ->
     if num_active is None or tokens == 0:
         return Rows(None, mask, None)
     if mask is None:
-        few = torch.full((), num_active < tokens, device=device)
-        return Rows(None, None, few)
+        few = num_active < tokens
+        return Rows(None, None, torch.ones((), dtype=torch.bool, device=device) if few else None)
     count = mask.sum()
     index = torch.nonzero_static(mask, size=num_active, fill_value=tokens).squeeze(-1)
     return Rows(index, index < tokens, count > num_active)

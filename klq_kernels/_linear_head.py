@@ -107,7 +107,8 @@ class Head:
         backend: str | None = None,  # None: row kernels must see the logits
     ):
         self.tokens, self.rows = hidden.shape[0], rows
-        self.hidden, self.weight, self.bias = rows.take(hidden), weight, bias
+        # if poisoned, it makes NaN of every logit and of dW, which is too large to be passed over
+        self.hidden, self.weight, self.bias = rows.poison(rows.take(hidden)), weight, bias
         self.ours = backend is not None and ours(backend, hidden, weight, logits_dtype)
         if self.ours and not along_rows(self.hidden):
             self.hidden = self.hidden.contiguous().clone()  # a clone begins where it should
@@ -280,12 +281,14 @@ class Head:
             if not need:
                 grad = self.weight.new_empty(0)
             elif grad is None:  # no token at all
-                grad = x.new_zeros(x.shape, dtype=check.wide(x) if keep_wide else x.dtype)
+                dtype = check.wide(x) if keep_wide else x.dtype
+                grad = self.rows.poison(x.new_zeros(x.shape, dtype=dtype))
             elif not keep_wide:
                 grad = grad.to(x.dtype)
             out.append(grad)
         if self.need_hidden:
             out[0] = self.rows.put(out[0], self.tokens)
+        out[2] = self.rows.poison(out[2])  # a banned token's is 0 of any logits
         return tuple(out)
 
 

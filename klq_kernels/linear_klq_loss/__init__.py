@@ -54,7 +54,7 @@ def linear_klq_loss(
         actions, values, ref_logprobs, returns, tau, mask, weights, normalizer, temperature,
             logit_softcap: as in `klq_loss`.
         logits_dtype, num_active, chunk_bytes, tp_group: as in `linear_token_logprobs`; too small a
-            num_active gives a NaN loss.
+            num_active makes the loss, its sums and every entry of every gradient NaN.
         backend: as in `token_logprobs`.
 
     Returns:

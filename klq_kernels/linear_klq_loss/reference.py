@@ -46,9 +46,10 @@ def linear_klq_loss(
         num_active=num_active,
         shard=shard,
     )
+    few = too_few(mask, actions.numel(), num_active)
     loss, stats = squared_residuals(
         logprobs,
-        values,
+        poisoned(values, few),
         ref_logprobs=ref_logprobs,
         returns=returns,
         tau=tau,
@@ -56,5 +57,4 @@ def linear_klq_loss(
         weights=weights,
         normalizer=normalizer,
     )
-    few = too_few(mask, actions.numel(), num_active)
-    return KLQLoss(loss, KLQStats(*(poisoned(s, few) for s in stats)))
+    return KLQLoss(poisoned(loss, few), KLQStats(*(poisoned(s, few) for s in stats)))

@@ -45,7 +45,8 @@ def linear_token_logprobs(
         logits_dtype: torch.float32 keeps the head's logits in float32, which for bfloat16 heads on
             Hopper takes neither time nor memory; None: in hidden's dtype.
         num_active: number of active tokens, when the caller knows it: only these meet the head,
-            without a synchronisation. More is allowed; fewer makes every result NaN.
+            without a synchronisation. More is allowed; fewer makes every result and every entry of
+            every gradient NaN, never a part of them.
         chunk_bytes: bound on the logits held at a time (default 512 MiB). Beyond results and what
             `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
             weight has 16 bits, and little else.

@@ -32,9 +32,9 @@ def too_few(mask: Tensor | None, tokens: int, num_active: int | None) -> Tensor 
     return num_active < tokens if mask is None else mask.sum() > num_active
 
 
-def poisoned(x: Tensor, few: Tensor | bool) -> Tensor:
+def poisoned(x: Tensor | None, few: Tensor | bool) -> Tensor | None:
     """NaN, and NaN gradients, where `num_active` was too small: never a partial result."""
-    if few is False:
+    if few is False or x is None:
         return x
     few = torch.as_tensor(few, device=x.device)
     return x * torch.where(few, torch.nan, 1.0).to(x.dtype)
@@ -54,6 +54,8 @@ def linear_token_logprobs(
     shard: tp.Shard | None = None,
 ) -> Tensor:
     """token_logprobs(hidden @ weight.T + bias, actions); weight and bias may be a rank's slice."""
+    few = too_few(mask, actions.numel(), num_active)
+    hidden, weight, bias = (poisoned(x, few) for x in (hidden, weight, bias))
     if shard is not None:
         hidden = tp.SumGradient.apply(hidden, shard.group)
     logits = head_logits(hidden, weight, bias, mask, logits_dtype)
@@ -63,4 +65,4 @@ def linear_token_logprobs(
     else:
         rest = mask, temperature, logit_softcap or 0.0, shard, "reference"
         logprobs = tp.TokenLogprobs.apply(logits, shard.local(actions), *rest)
-    return poisoned(logprobs, too_few(mask, actions.numel(), num_active))
+    return poisoned(logprobs, few)

@@ -78,8 +78,11 @@ def run(p: dict, part: slice, backend: str, tp_group=None, wrap=lambda w: w) -> 
     out["by chunks"] += [made.loss, *made.stats, *torch.autograd.grad(made.loss, (h, w, b, v))]
     out["by chunks"] += linear_token_stats(h, wrap(w), a, bias=b, **small)[:2]
     few = {**how, **group, "num_active": 1}
-    assert linear_token_logprobs(h, wrap(w), a, bias=b, **few).isnan().all()
-    assert linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **few).loss.isnan()
+    lp = linear_token_logprobs(h, wrap(w), a, bias=b, **few)
+    loss = linear_klq_loss(h, wrap(w), a, v, bias=b, **rest, **few).loss
+    poisoned = [lp, loss, *torch.autograd.grad(lp.sum(), (h, w, b))]
+    poisoned += torch.autograd.grad(loss, (h, w, b, v))
+    assert all(x.isnan().all() for x in poisoned)
     return out
 
 

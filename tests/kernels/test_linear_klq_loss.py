@@ -150,17 +150,28 @@ def test_num_active_compacts_and_changes_nothing(device, backend, extra):
 
 @places
 @pytest.mark.parametrize("masked", [True, False])
-def test_num_active_too_small_is_nan_never_partial(device, backend, masked):
-    h, w, _b, a, mask, v, rest = inputs(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_num_active_too_small_is_nan_never_partial(device, backend, masked, dtype, scaling):
+    """Every result and every entry of every gradient, also those of tokens that are inactive or
+    left out, of banned tokens, of weight 0 and of no upstream."""
+    h, w, b, a, mask, v, rest = inputs(device, dtype)
+    b[90:] = -torch.inf
+    rest["weights"] = torch.arange(TOKENS, device=device) % 3.0
     mask = mask if masked else None
-    n = (int(mask.sum()) if masked else TOKENS) - 1
-    how = {"mask": mask, "num_active": n, "backend": backend}
-    assert linear_klq_loss(h, w, a, v, **rest, **how).loss.isnan()
-    assert linear_token_logprobs(h, w, a, **how).isnan().all()
-    stats = linear_token_stats(h, w, a, **how)
-    assert stats.logprobs.isnan().all() and stats.entropy.isnan().all()
-    zero = linear_klq_loss(h, w, a, v, **rest, mask=mask, num_active=0, backend=backend)
-    assert zero.loss.isnan()
+    count = int(mask.sum()) if masked else TOKENS
+    for n in (count - 1, 1, 0):
+        how = {"mask": mask, "num_active": n, "backend": backend, **scaling}
+        stats = linear_token_stats(h, w, a, bias=b, **how)
+        assert stats.logprobs.isnan().all() and stats.entropy.isnan().all()
+        out, grads = loss_and_gradients(h, w, b, a, v, **rest, **how)
+        assert out.loss.isnan() and all(x.isnan() for x in out.stats)
+        assert all(g.isnan().all() for g in grads.values()), (n, grads)
+        for more in ({}, {"keep_bytes": 2**30}, {"chunk_bytes": 3 * VOCABULARY * 4}):
+            leaves = [x.clone().requires_grad_() for x in (h, w, b)]
+            out = linear_token_logprobs(*leaves[:2], a, bias=leaves[2], **how, **more)
+            grads = torch.autograd.grad(out, leaves, rest["weights"])
+            assert out.isnan().all() and all(g.isnan().all() for g in grads), (n, more)
 
 
 @places
