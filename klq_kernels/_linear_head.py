@@ -32,27 +32,35 @@ TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+    """Whether our own product was built for `device`, which may be a fake one."""
+    built = device.type == "cuda" and "9.0a" in BUILD_INFO["archs"] and torch.cuda.is_available()
+    return built and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def ours(backend: str, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> bool:
     """Whether our own product takes this head: by device, types and layout of the weight, never by
-    the number of tokens, so that log-probs of one model always come the same way."""
+    the number of tokens, so that log-probs of one model always come the same way; nor by memory, so
+    that fakes know what is kept."""
     return (
         backend != "triton"
         and logits_dtype == torch.float32
-        and hidden.is_cuda
         and hidden.dtype == torch.bfloat16  # of float16 the exponentials would overflow
-        and "9.0a" in BUILD_INFO["archs"]
         and is_hopper(hidden.device)
         and along_rows(weight)
     )
 
 
 def along_rows(x: Tensor) -> bool:
-    """What the copy engine asks of a matrix: rows of whole 16 bytes, at multiples of 16 bytes."""
+    """What the copy engine asks of a matrix: rows of whole 16 bytes, at multiples of 16 bytes of
+    the memory it is part of."""
     whole = x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
-    return whole and x.stride(1) == 1 and x.data_ptr() % 16 == 0
+    return whole and x.stride(1) == 1 and x.storage_offset() % 8 == 0
+
+
+def copyable(x: Tensor) -> Tensor:
+    """x, or a copy where the copy engine cannot read it."""
+    fit = along_rows(x) and x.data_ptr() % 16 == 0
+    return x if fit else x.clone(memory_format=torch.contiguous_format)
 
 
 def pitch(vocabulary: int) -> int:
@@ -110,16 +118,15 @@ class Head:
         # if poisoned, it makes NaN of every logit and of dW, which is too large to be passed over
         self.hidden, self.weight, self.bias = rows.poison(rows.take(hidden)), weight, bias
         self.ours = backend is not None and ours(backend, hidden, weight, logits_dtype)
-        if self.ours and not along_rows(self.hidden):
-            self.hidden = self.hidden.contiguous().clone()  # a clone begins where it should
+        if self.ours:
+            self.hidden, self.weight = copyable(self.hidden), copyable(weight)
         self.count = self.hidden.shape[0]
-        self.dtype = logits_dtype or hidden.dtype
+        # of what a chunk is stored as: in place of float32 logits, exponentials of 16 bits
+        self.dtype = hidden.dtype if self.ours else logits_dtype or hidden.dtype
         self.chunk_bytes = chunk_bytes
         self.need_hidden, self.need_weight, self.need_bias = needs
         half = hidden.dtype in HALVES
         # float32 gradients of bfloat16 products are narrowed; of float16 they would flush to zero
-        if self.ours:
-            self.dtype = hidden.dtype
         self.narrowed = half and self.dtype != hidden.dtype and hidden.dtype != torch.float16
         self.bytes_a_logit = self.dtype.itemsize
         if self.narrowed and any(needs):

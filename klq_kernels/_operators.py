@@ -69,11 +69,11 @@ def composite(name: str, schema: str):
 
 
 def composite_fake(name: str):
-    """Decorates what torch.compile sees of a composite."""
+    """Decorates what torch.compile sees of a composite; it too gets the backend first."""
 
     def register(function):
-        for namespace in ("klq", "klq_triton"):
-            torch.library.register_fake(f"{namespace}::{name}", function)
+        for namespace, backend in (("klq", "cpp"), ("klq_triton", "triton")):
+            torch.library.register_fake(f"{namespace}::{name}", partial(function, backend))
         return function
 
     return register

@@ -270,7 +270,7 @@ def _sharded(backend, logits, ids, values, t, cap, shard, **rest):
 
 
 @composite_fake(OP)
-def _(hidden, weight, bias, values, *rest):
+def _(backend, hidden, weight, bias, values, *rest):
     needs = rest[-3:]
     dtype = check.wide(hidden)
     kept = torch.float32 if hidden.dtype == torch.float16 else None

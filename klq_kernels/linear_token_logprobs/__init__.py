@@ -9,7 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import Head, pitch
+from klq_kernels._linear_head import Head, ours, pitch
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
@@ -51,7 +51,8 @@ def linear_token_logprobs(
             `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
             weight has 16 bits, and little else.
         keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
-            is wanted. It changes time and memory, and no number.
+            is wanted: 2 bytes each, 4 in float32, but 2 where float32 costs no memory. It changes
+            time and memory, and no number.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
             complete (already summed over the group). With (group, start) the tokens are one chunk:
             ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
@@ -168,11 +169,10 @@ def forward(
     actions = tp.local(shard, rows.take(actions))
     logprobs = hidden.new_empty(head.count, dtype=dtype)
     row_stats = hidden.new_zeros((3, head.count), dtype=dtype)
-    kept_dtype = logits_dtype or hidden.dtype
-    keep, width = _kept(head.count, weight, kept_dtype, 0 if head.whole else keep_bytes)
-    kept = hidden.new_empty((keep, width), dtype=kept_dtype)
+    keep, width = _kept(head.count, weight, head.dtype, 0 if head.whole else keep_bytes)
+    kept = hidden.new_empty((keep, width), dtype=head.dtype)
     kept[:, weight.shape[0] :].zero_()
-    exponentials = kept.view(hidden.dtype)[:, : weight.shape[0]] if head.ours else None
+    visible = kept[:, : weight.shape[0]]
     token_logprobs = operator(backend, "token_logprobs")
 
     def run(part: slice, out: Tensor | None) -> None:
@@ -184,13 +184,13 @@ def forward(
 
     if head.ours:
         for part in head.parts_to_sum(0, keep):
-            made = head.exponentials(part, actions[part], t, cap, exponentials[part])
+            made = head.exponentials(part, actions[part], t, cap, visible[part])
             logprobs[part], row_stats[0, part] = made
         for part in head.parts_to_sum(keep):
             logprobs[part] = head.sums(part, actions[part], t, cap)[0]
     else:
         for part in head.parts(0, keep):
-            run(part, kept[part, : weight.shape[0]])
+            run(part, visible[part])
         for part in head.parts(keep):
             run(part, None)
     return rows.poison(rows.put(logprobs, tokens)), row_stats, kept
@@ -236,7 +236,7 @@ def backward(
     if head.ours:
         grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
         if keep:
-            e, factors = kept.view(hidden.dtype)[:, :vocabulary], row_stats[0, :keep]
+            e, factors = kept[:, :vocabulary], row_stats[0, :keep]
             for part in head.parts_to_sum(0, keep):
                 scale = grad[part] * factors[part]
                 head.hidden_gradient(part, e[part], scale)
@@ -264,10 +264,12 @@ def backward(
 
 
 @composite_fake(OP)
-def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes, keep):
+def _(backend, hidden, weight, bias, actions, mask, *rest):
+    _, _, logits_dtype, num_active, _, keep = rest
     tokens = actions.shape[0]
     rows = tokens if num_active is None or mask is None or tokens == 0 else num_active
-    dtype, kept = check.wide(hidden), logits_dtype or hidden.dtype
+    own = ours(backend, hidden, weight, logits_dtype)
+    dtype, kept = check.wide(hidden), hidden.dtype if own else logits_dtype or hidden.dtype
     keep, width = _kept(rows, weight, kept, keep)
     return (
         hidden.new_empty(actions.shape, dtype=dtype),
@@ -277,7 +279,7 @@ def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chu
 
 
 @composite_fake(f"{OP}_backward")
-def _(grad, hidden, weight, bias, *rest):
+def _(backend, grad, hidden, weight, bias, *rest):
     need_hidden, need_weight, need_bias = rest[-3:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

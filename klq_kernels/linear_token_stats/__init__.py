@@ -127,5 +127,5 @@ def forward(
 
 
 @composite_fake(OP)
-def _(hidden, weight, bias, actions, mask, t, cap, logits_dtype, num_active, chunk_bytes):
+def _(backend, hidden, weight, bias, actions, *rest):
     return tuple(hidden.new_empty(actions.shape, dtype=check.wide(hidden)) for _ in range(2))

@@ -2,9 +2,12 @@
 """What the LM-head ops owe to chunks: accuracy over their number, kept logits, memory, splits of a
 batch, upstreams of the loss."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from oracle import everywhere, same_bits
+from own_product import stand_in
 from test_process import python
 
 from klq_kernels import linear_klq_loss, linear_token_logprobs
@@ -175,6 +178,24 @@ def test_fakes_know_the_rows_that_meet_the_head(tokens, num_active, masked):
     calls += [(backward, (torch.ones(tokens), *head, *made[1:], *rest, True, True, False))]
     for op, args in calls:  # the other checks take no NaN, which too small a number gives
         torch.library.opcheck(op, args, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("logits", [None, torch.float32], ids=["16 bits", "float32"])
+@pytest.mark.parametrize("own", [False, True], ids=["library", "own"])
+def test_keep_bytes_is_what_is_kept(own, logits):
+    """Whole rows of what is really stored, also where our own product stores exponentials of 16
+    bits in place of float32 logits; and the fake agrees."""
+    h, w, a = draw(50, 16).bfloat16(), draw(21, 16, seed=1).bfloat16(), torch.arange(50) % 21
+    bytes_a_row = 24 * (2 if own or logits is None else 4)
+    op = torch.ops.klq.linear_token_logprobs.default
+    with stand_in() if own else nullcontext():
+        for rows in (0, 1, 7, 50):
+            for spare in (0, bytes_a_row - 1):
+                keep = rows * bytes_a_row + spare
+                args = h, w, None, a, None, 1.0, 0.0, logits, None, None, keep
+                kept = op(*args)[2]
+                assert len(kept) == rows and kept.numel() * kept.itemsize == rows * bytes_a_row
+                torch.library.opcheck(op, args, test_utils="test_faketensor")
 
 
 MEMORY = """

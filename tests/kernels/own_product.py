@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LM head's own product on a machine without a Hopper GPU: its two operators in plain PyTorch
+on the CPU, so that the Python around them is tested wherever the tests run."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from klq_kernels import _linear_head as head
+from klq_kernels._extension import BUILD_INFO
+from klq_kernels.klq_loss.reference import squared_residuals
+
+READY = (
+    torch.cuda.is_available()
+    and torch.cuda.get_device_capability()[0] == 9
+    and "9.0a" in BUILD_INFO["archs"]
+)
+needs_hopper = pytest.mark.skipif(not READY, reason="needs a Hopper GPU and sm_90a")
+FAR = 60 * 0.6931  # exponents from which a row takes its maximum as its reference
+
+
+def linear_rows_(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
+    """What csrc/cuda/linear_rows.h says, in float64 and rounded once."""
+    for x in (hidden, weight, *([] if exponentials is None else [exponentials])):
+        assert x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0
+        assert x.data_ptr() % 16 == 0
+    assert hidden.shape[1] % 8 == 0 and not (entropy and exponentials is not None)
+    z = hidden.double() @ weight.double().T
+    z = z if bias is None else z + bias.double()
+    y = torch.where(z == -torch.inf, z, cap * (z / cap).tanh()) if cap else z
+    active = torch.ones_like(actions, dtype=torch.bool) if mask is None else mask
+    known = (actions >= 0) & (actions < len(weight))
+    at = torch.where(known, actions, 0).long().unsqueeze(-1)
+    chosen = torch.where(known.unsqueeze(-1), y.gather(-1, at), 0.0)
+    top = y.amax(-1, keepdim=True)
+    near = chosen.isfinite() & ~((top - chosen).abs() / t > FAR)
+    from_ = torch.where(near, chosen, torch.where(top.isfinite(), top, 0.0))
+    e = ((y - from_) / t).exp()
+    others = torch.where(known.unsqueeze(-1), e.scatter(-1, at, 0.0), e).sum(-1)
+    total = others + torch.where(known, e.gather(-1, at)[:, 0], 0.0)
+    logprobs = (chosen - from_)[:, 0] / t - total.log()
+    logprobs = torch.where(known & top[:, 0].isfinite(), logprobs, torch.nan)
+    factors = torch.where(known, -(1.0 if cap else 1 / t) / total, torch.nan)
+    every = y / t - y.div(t).logsumexp(-1, keepdim=True)
+    h = -torch.where(every == -torch.inf, 0.0, every.exp() * every).sum(-1)
+    rows = [torch.where(active, x, 0.0).float() for x in (logprobs, factors, h)]
+    if exponentials is not None:
+        slope = torch.where(z == -torch.inf, 0.0, (1 - (y / cap) ** 2) / t if cap else 1.0)
+        own = torch.where(known, -others, e.gather(-1, at)[:, 0]).unsqueeze(-1)
+        e = slope * e.scatter(-1, at, own)
+        e = torch.where(active.unsqueeze(-1) | z.isnan(), e, 0.0)
+        exponentials.copy_(torch.where(y == -torch.inf, 0.0, e))
+    return rows[0], rows[1], rows[2] if entropy else rows[2].new_empty(0)
+
+
+def klq_loss_tokens(logprobs, values, ref_logprobs, returns, tau, mask, weights, normalizer):
+    rest = {"ref_logprobs": ref_logprobs, "returns": returns, "tau": tau, "mask": mask}
+    x, v = (y.detach().float().requires_grad_() for y in (logprobs, values))
+    with torch.enable_grad():
+        loss, stats = squared_residuals(x, v, **rest, weights=weights, normalizer=normalizer)
+        dlogprobs, dvalues = torch.autograd.grad(loss, (x, v))
+    return loss.detach(), torch.stack(stats), dlogprobs, dvalues
+
+
+def product(a, b, out, add=False):
+    """Of 16-bit operands, added up in float32 (the library's has no such form on the CPU)."""
+    made = a.float() @ b.float()
+    out.add_(made) if add else out.copy_(made)
+
+
+@contextmanager
+def stand_in():
+    """Heads that a Hopper GPU would take by our own product take it on the CPU."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.library._scoped_library("klq", "IMPL") as library,
+    ):
+        patch.setattr(head, "is_hopper", lambda device: True)
+        patch.setattr(head, "product", product)
+        for function in (linear_rows_, klq_loss_tokens):
+            library.impl(function.__name__, function, "CPU")
+        yield
