@@ -56,11 +56,14 @@ def linear_rows_(hidden, weight, bias, actions, mask, t, cap, entropy, exponenti
 
 def klq_loss_tokens(logprobs, values, ref_logprobs, returns, tau, mask, weights, normalizer):
     rest = {"ref_logprobs": ref_logprobs, "returns": returns, "tau": tau, "mask": mask}
-    x, v = (y.detach().float().requires_grad_() for y in (logprobs, values))
-    with torch.enable_grad():
-        loss, stats = squared_residuals(x, v, **rest, weights=weights, normalizer=normalizer)
-        dlogprobs, dvalues = torch.autograd.grad(loss, (x, v))
-    return loss.detach(), torch.stack(stats), dlogprobs, dvalues
+    loss, stats = squared_residuals(
+        logprobs, values.float(), **rest, weights=weights, normalizer=normalizer
+    )
+    # by hand: a compiled graph calls operators below autograd
+    residual = tau * (logprobs - ref_logprobs.float()) + values.float() - returns.float()
+    dvalues = 2 * residual * (1.0 if weights is None else weights.float()) / normalizer
+    dvalues = dvalues if mask is None else torch.where(mask, dvalues, 0.0)
+    return loss, torch.stack(stats), tau * dvalues, dvalues
 
 
 def product(a, b, out, add=False):

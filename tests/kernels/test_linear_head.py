@@ -6,14 +6,35 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from oracle import everywhere, same_bits
+from oracle import everywhere, same_bits, short
 from own_product import stand_in
 from test_process import python
 
 from klq_kernels import linear_klq_loss, linear_token_logprobs
-from klq_kernels._linear_head import chunks
+from klq_kernels._linear_head import chunks, ours
 
 places = everywhere("linear_klq_loss", "linear_token_logprobs")
+
+
+@pytest.fixture
+def logits(request):
+    """What `logits_dtype` to ask for; "own": with the stand-in for our own product."""
+    with stand_in() if request.param == "own" else nullcontext():
+        yield None if request.param is None else torch.float32
+
+
+def heads(*dtypes):
+    """parametrize arguments (device, backend, dtype, logits): all places, bfloat16 also with logits
+    in float32 (on a Hopper GPU our own product), and the stand-in for that product."""
+    out = [pytest.param("cpu", "cpp", torch.bfloat16, "own", id="cpu-own")]
+    for place in places.args[1]:
+        for dtype in dtypes:
+            for kind in (None, "float32") if dtype == torch.bfloat16 else (None,):
+                name = f"{place.id}-{short(dtype)}" + ("" if kind is None else "-logits32")
+                values = *place.values, dtype, kind
+                out.append(pytest.param(*values, id=name, marks=place.marks))
+    names = ("device", "backend", "dtype", "logits")
+    return pytest.mark.parametrize(names, out, indirect=["logits"])
 
 
 def draw(*shape, seed=0, device="cpu", dtype=torch.float32):
@@ -36,12 +57,17 @@ def test_chunks_cover_every_row_once_within_the_bound(rows, fit, first):
 
 
 def problem(device, dtype, kind, tokens=256, width=64, vocabulary=1031):
-    """Hidden states, head, targets on flat or peaked rows, in float64 and in `dtype`."""
-    scale = {"flat": 0.3, "peaked": 8.0}[kind]
+    """Hidden states, head, targets on flat or peaked rows, or with chosen tokens that are all but
+    certain (1 - p about 1e-5)."""
+    scale = {"flat": 0.3, "peaked": 8.0, "confident": 0.3}[kind]
     h = draw(tokens, width, device=device, dtype=dtype)
     w = (draw(vocabulary, width, seed=1, device=device) * scale * width**-0.5).to(dtype)
     a = torch.arange(tokens, device=device) * 4 % vocabulary
-    a[::2] = (h[::2].float() @ w.float().T).argmax(-1)  # half of them likely
+    if kind == "confident":
+        own = w[a].double()
+        h = (h.double() / 4 + own * 19 / own.square().sum(-1, keepdim=True)).to(dtype)
+    else:
+        a[::2] = (h[::2].float() @ w.float().T).argmax(-1)  # half of them likely
     v, ref, g = (draw(tokens, seed=s, device=device) for s in (4, 5, 6))
     return h, w, a, v, {"ref_logprobs": ref - 3, "returns": g, "tau": 0.7, "normalizer": 1.0}
 
@@ -67,14 +93,16 @@ def eager(op, h, w, a, v, rest, upstream=None):
     return out.detach(), torch.autograd.grad(out, (h, w), upstream)
 
 
-@places
-@pytest.mark.parametrize("kind", ["flat", "peaked"])
+@heads(torch.bfloat16)
+@pytest.mark.parametrize("kind", ["flat", "peaked", "confident"])
 @pytest.mark.parametrize("op", ["loss", "logprobs"])
-def test_error_is_no_larger_than_eager_for_any_number_of_chunks(device, backend, op, kind):
-    """Case 64: dH and dW of a bfloat16 head over 1 to 64 chunks, against float64."""
-    if backend == "reference":
-        pytest.skip("the reference has no chunks")
-    h, w, a, v, rest = problem(device, torch.bfloat16, kind)
+def test_error_is_no_larger_than_eager_for_any_number_of_chunks(
+    device, backend, dtype, logits, op, kind
+):
+    """Case 64: dH and dW of a bfloat16 head over 1 to 64 chunks, against float64. Our own product
+    rounds the factors of dW, as it does its logits' gradient and dW itself: one rounding more than
+    eager's two, which is sqrt(3 / 2) of them where nothing else errs."""
+    h, w, a, v, rest = problem(device, dtype, kind)
     upstream = draw(len(a), seed=9, device=device) if op == "logprobs" else None
     wide = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in rest.items()}
     up64 = None if upstream is None else upstream.double()
@@ -84,16 +112,17 @@ def test_error_is_no_larger_than_eager_for_any_number_of_chunks(device, backend,
     def errors(grads):
         return [(g.double() - t).norm() / t.norm() for g, t in zip(grads, truth, strict=True)]
 
-    allowed = errors(plain)
-    for count in (1, 2, 3, 16, 64):
-        chunk = len(a) // count * w.shape[0] * 2
-        _, grads = gradients(op, h, w, a, v, rest, upstream, chunk_bytes=chunk, backend=backend)
+    allowed = [x * 1.02 for x in errors(plain)]
+    allowed[1] *= 1.5**0.5 if ours(backend, h, w, logits) else 1.0
+    for count in (1, 2, 3, 16, 64) if backend != "reference" else (1,):  # which has no chunks
+        how = {"chunk_bytes": len(a) // count * w.shape[0] * 2, "logits_dtype": logits}
+        _, grads = gradients(op, h, w, a, v, rest, upstream, backend=backend, **how)
         for name, got, most in zip(("dH", "dW"), errors(grads), allowed, strict=True):
-            assert got <= most * 1.02, f"{name}, {count} chunks: {got:.3e} against {most:.3e}"
+            assert got <= most, f"{name}, {count} chunks: {got:.3e} against {most:.3e}"
 
 
 @places
-@pytest.mark.parametrize("kind", ["flat", "peaked"])
+@pytest.mark.parametrize("kind", ["flat", "peaked", "confident"])
 def test_float32_logits_cost_a_tenth_of_the_log_probs_error(device, backend, kind):
     h, w, a, v, rest = problem(device, torch.bfloat16, kind)
     truth, _ = eager("logprobs", h.double(), w.double(), a, v, rest, v.double())
@@ -102,15 +131,15 @@ def test_float32_logits_cost_a_tenth_of_the_log_probs_error(device, backend, kin
     assert (got.double() - truth).norm() <= 0.1 * (plain.double() - truth).norm()
 
 
-@places
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@heads(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("keep", [1, 100, 256, 5000])
-def test_keep_bytes_changes_no_number(device, backend, dtype, keep):
+@pytest.mark.parametrize("kind", ["flat", "confident"])
+def test_keep_bytes_changes_no_number(device, backend, dtype, logits, keep, kind):
     """Nothing, a part, all but nothing and everything kept; two backwards of each."""
-    h, w, a, v, rest = problem(device, dtype, "flat")
+    h, w, a, v, rest = problem(device, dtype, kind)
     mask = torch.arange(len(a), device=device) % 5 > 0
     row = w.shape[0] * dtype.itemsize
-    how = {"mask": mask, "chunk_bytes": 37 * row, "backend": backend}
+    how = {"mask": mask, "chunk_bytes": 37 * row, "backend": backend, "logits_dtype": logits}
     out, want = gradients("logprobs", h, w, a, v, rest, v, **how)
     x, y = (t.clone().requires_grad_() for t in (h, w))
     kept = linear_token_logprobs(x, y, a, keep_bytes=keep * row, **how)
@@ -128,36 +157,42 @@ def test_keep_bytes_changes_no_number(device, backend, dtype, keep):
             torch.testing.assert_close(g, t, **most)
 
 
-@places
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(device, backend):
-    """Rule 11: 8 = 2 x 4 = 4 x 2 micro-batches and one empty of active tokens, one normaliser."""
-    h, w, a, v, rest = problem(device, torch.float32, "flat")
+@heads(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("kind", ["flat", "confident"])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(device, backend, dtype, logits, kind):
+    """Rule 11: 8 = 2 x 4 = 4 x 2 micro-batches and one empty of active tokens, one normaliser. A
+    bfloat16 dW is rounded once a part."""
+    h, w, a, v, rest = problem(device, dtype, kind)
     mask = draw(len(a), seed=3, device=device) < 0.5
     mask[:32] = False
     per_token = ("ref_logprobs", "returns")
     rest["normalizer"] = mask.sum().float()
-    _, want = gradients("loss", h, w, a, v, rest, mask=mask, backend=backend)
+    how = {"backend": backend, "logits_dtype": logits}
+    _, want = gradients("loss", h, w, a, v, rest, mask=mask, **how)
     for count in (2, 4, 8):
-        total = [torch.zeros_like(x) for x in (h, w)]
+        total = [torch.zeros_like(x, dtype=torch.float32) for x in (h, w)]
         for i in torch.arange(len(a), device=device).chunk(count):
             part = {k: x[i] if k in per_token else x for k, x in rest.items()}
-            how = {"mask": mask[i], "num_active": int(mask[i].sum()), "backend": backend}
-            _, grads = gradients("loss", h[i], w, a[i], v[i], part, **how)
-            total[0][i] = grads[0]
+            some = {"mask": mask[i], "num_active": int(mask[i].sum())}
+            _, grads = gradients("loss", h[i], w, a[i], v[i], part, **some, **how)
+            total[0][i] = grads[0].float()
             total[1] += grads[1]
         for got, x in zip(total, want, strict=True):
-            torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-6 * float(x.abs().max()))
+            if dtype == torch.float32:
+                torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-6 * float(x.abs().max()))
+            else:
+                assert (got - x).norm() <= 2**-8 * x.float().norm()
 
 
-@places
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_upstream_of_the_loss(device, backend, dtype):
+@heads(torch.float32, torch.bfloat16)
+def test_upstream_of_the_loss(device, backend, dtype, logits):
     """Rule 12, case 40: powers of two scale every gradient exactly, 0 and -1 too."""
     h, w, a, v, rest = problem(device, dtype, "flat")
-    _, want = gradients("loss", h, w, a, v, rest, backend=backend)
+    how = {"backend": backend, "logits_dtype": logits}
+    _, want = gradients("loss", h, w, a, v, rest, **how)
     for factor in (1.0, 0.5, 65536.0, 0.0, -1.0):
         upstream = torch.tensor(factor, device=device)
-        _, got = gradients("loss", h, w, a, v, rest, upstream, backend=backend)
+        _, got = gradients("loss", h, w, a, v, rest, upstream, **how)
         for g, x in zip(got, want, strict=True):
             assert torch.equal(g, x * factor)
 
