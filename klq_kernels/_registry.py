@@ -208,19 +208,30 @@ def gradient_bound(name: str, baseline: Tensor, truth: Tensor, dtype: torch.dtyp
     entry; both per token for [..., V] and [..., D], over everything else as a whole (a row of dW
     belongs to one vocabulary entry of every token). Counts entries PyTorch has finite.
 
-    In float64 the truth's own onehot - softmax cancels: the margin counts from 1 there. A 16-bit
-    head rounds logits and gradients on its way, each implementation its own: twice one draw of
-    those roundings is no bound for another, so that an ulp of the largest entry is added.
+    In float64 the truth's own onehot - softmax cancels: the margin counts from 1 there.
     """
     if truth.numel() == 0:
         return truth.abs()
-    of_head = name in ("hidden", "weight", "bias") and dtype in (torch.bfloat16, torch.float16)
     dim = -1 if name in ("logits", "hidden") else tuple(range(truth.dim()))
     counts = baseline.isfinite()
     off = torch.where(counts, (baseline.double() - truth).abs(), 0.0).amax(dim, keepdim=True)
     scale = torch.where(counts, truth.abs(), 0.0).amax(dim, keepdim=True)
     scale = scale.clamp(min=1.0) if dtype == torch.float64 else scale
-    return 2 * off + (margin(dtype) + 2.0**-8 * of_head) * scale
+    return 2 * off + margin(dtype) * scale
+
+
+def rounded_on_the_way(name: str, dtype: torch.dtype) -> bool:
+    """Whether a gradient comes through a 16-bit head, which rounds logits and their gradients."""
+    return name in ("hidden", "weight", "bias") and dtype in (torch.bfloat16, torch.float16)
+
+
+def norm_bound(baseline: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """Of the error's norm, for gradients that are rounded on the way: twice that of PyTorch's, and
+    the margin times the gradient's. Every implementation draws roundings of its own, so that twice
+    the largest of one draw is no bound for another's largest; over all entries they average."""
+    counts = baseline.isfinite()
+    off, truth = (torch.where(counts, x, 0.0) for x in (baseline.double() - truth, truth.double()))
+    return float(2 * off.norm() + margin(dtype) * truth.norm())
 
 
 def scan_bounds(

@@ -19,6 +19,8 @@ from klq_kernels._registry import (
     gradient_bound,
     largest,
     margin,
+    norm_bound,
+    rounded_on_the_way,
     row_bound,
     scan_bounds,
 )
@@ -173,14 +175,31 @@ def bounds(spec: OpSpec, inputs: dict, truth: dict, baseline: dict, dtype) -> di
         if spec.kind != "scan" and name in ("out", "kl", "entropy", "log_ratios"):
             scale = max(scale, chosen)  # differences and means of log-probs
         out[name] = row_bound(baseline[name], t, scale, dtype)
-        if spec.kind == "linear" and t.dim() == 0 and dtype in (torch.bfloat16, torch.float16):
-            out[name] += 2.0**-10 * scale  # sums over rounded logits: see gradient_bound
         if name in ("logprobs", "ref_logprobs"):
             ratio += out[name]
     if spec.kind in ("scan", "targets") and "values" in inputs:
         q = truth.get("q", inputs["values"].double())
         out |= scan_bounds(doubled(inputs), q, dtype, ratio)
+    if spec.name == "linear_klq_loss" and dtype in (torch.bfloat16, torch.float16):
+        for name, more in sums_bounds(inputs, truth).items():
+            out[name] += more
     return {name: out[name] for name in truth}
+
+
+def sums_bounds(inputs: dict, truth: dict) -> dict:
+    """What log-probs of rounded logits do to the loss and its sums, if the norm of their error is
+    at most twice that of PyTorch's: a sum of squared residuals is a norm squared, and the residuals
+    move by tau times the log-probs; e on the norm x is e (2 x + e) on its square."""
+    names = ("hidden", "weight", "bias", "actions", "mask", "temperature", "logit_softcap")
+    head = {k: v for k, v in inputs.items() if k in names}
+    run = klq_kernels.linear_token_logprobs
+    off = run(**head, backend="reference").double() - run(**doubled(head), backend="reference")
+    weights = inputs.get("weights", torch.ones_like(off)).double() / inputs["normalizer"]
+    out = {"logprob": float(2 * off.norm() * off.numel() ** 0.5)}
+    for name, x in (("loss", off * weights.sqrt()), ("residual_sq", off)):
+        e = 2 * inputs["tau"] * float(x.norm())
+        out[name] = e * (2 * float(truth[name]) ** 0.5 + e)
+    return out
 
 
 def check_outputs(spec: OpSpec, inputs: dict, got: dict, truth: dict, baseline: dict, dtype):
@@ -211,10 +230,14 @@ def check_gradients(got: dict, truth: dict, baseline: dict, dtype: torch.dtype) 
         x = got[name]
         assert x.dtype == baseline[name].dtype and x.shape == t.shape, name
         counts = baseline[name].isfinite()
-        limit = gradient_bound(name, baseline[name], t, dtype).expand(t.shape)
         assert x[counts].isfinite().all(), f"gradient of {name} is not finite"
         off = torch.where(counts, (x.double() - t).abs(), 0.0)
-        if t.numel():
+        if rounded_on_the_way(name, dtype):
+            limit = norm_bound(baseline[name], t, dtype)
+            what = f"gradient of {name}: off by {off.norm():.3e} (norm), allowed {limit:.3e}"
+            assert off.norm() <= limit, what
+        elif t.numel():
+            limit = gradient_bound(name, baseline[name], t, dtype).expand(t.shape)
             worst = (off - limit).argmax()
             assert (off <= limit).all(), (
                 f"gradient of {name}: off by {off.flatten()[worst]:.3e}, allowed "
