@@ -12,11 +12,10 @@
 //     once, a lane each, or one by one where a gradient waits for it;
 //   - writers, for a gradient, visit the stages of a closed row again and write it, while the
 //     summers are at the next row. Only then is a stage refilled.
-// Sums meet in `slots`, one a row, used in turn. Rows are long enough to take two stages, so the
-// stages hold kRowsHeld rows at most. With a gradient a row holds its stages until it is written,
-// so no role can be more than kRowsHeld rows ahead of a later role of its block, nor 2 kRowsHeld +
-// 1 ahead of another block's. Without one, summers wait until the row kSlots / 2 before theirs is
-// `closed`, and the producer is at most kRowsHeld ahead of them.
+// Sums meet in `slots`, one a row, used in turn. Rows take two stages or more, so the stages hold
+// kRowsHeld rows at most. With a gradient a row holds its stages until it is written: no role gets
+// more than kRowsHeld rows ahead of a later one of its block, nor 2 kRowsHeld + 1 of another's.
+// Without, the producer is as near to the summers, who wait until row - kSlots / 2 is `closed`.
 #pragma once
 #include "cuda/hopper.cuh"
 #include "cuda/ring_shape.cuh"
@@ -36,8 +35,7 @@ __global__ void __launch_bounds__(Shape::kThreads, blocks_asked(Shape::kBlocks))
   static_assert(kGrad ? Shape::kWrite > 0 : !CLUSTERED && Shape::kWrite == 0);
   static_assert(kGrad ? 2 * Shape::kRowsHeld + 2 <= kSlots
                       : Shape::kRowsHeld + kSlots / 2 + 2 <= kSlots);
-  constexpr int kStages = Shape::kStages, U = Shape::kUnroll;
-  constexpr int kPitch = Shape::kPitch;
+  constexpr int kStages = Shape::kStages, U = Shape::kUnroll, kPitch = Shape::kPitch;
   constexpr int kSummers = Shape::kSum / 32, kWriters = Shape::kWrite / 32;
   constexpr int kPairs = kSummers * (CLUSTERED ? 8 : 1), kWords = 4, kPer = V::kPer;
   constexpr int kRows = 1 + kRef;  // stages a chunk takes
@@ -72,11 +70,10 @@ __global__ void __launch_bounds__(Shape::kThreads, blocks_asked(Shape::kBlocks))
 
   const int64_t active = active_rows.list ? int64_t(*active_rows.active) : rows.count;
   // this block's units of a row, and its columns in a chunk of them
-  constexpr int kWidth = V::kWidth;
+  constexpr int kWidth = V::kWidth, kFull = Shape::kStage * kWidth;  // columns of a whole chunk
   const int all = (width + kWidth - 1) / kWidth,
             begin = CLUSTERED ? min(all, ring.slice * rank) : 0;
   const int mine = CLUSTERED ? min(ring.slice, all - begin) : all;
-  constexpr int kFull = Shape::kStage * kWidth;  // columns of a whole chunk
   auto first_column = [&](int c) { return (begin + c * Shape::kStage) * kWidth; };
   auto columns = [&](int c) {
     const int units = max(0, min(Shape::kStage, mine - c * Shape::kStage));
@@ -350,10 +347,8 @@ __global__ void __launch_bounds__(Shape::kThreads, blocks_asked(Shape::kBlocks))
         if (CLUSTERED) barrier_wait(shared_address(&full[stage]), phase);
         const int at = shift + cut.head * int(sizeof(T));
         const int edge = me < 32 ? cut.edge(lane) : -1;
-        float edge_z = 0.0f;
-        if (edge >= 0)
-          edge_z = V::get(reinterpret_cast<const T*>(reinterpret_cast<const char*>(held) + shift) +
-                          edge);
+        const char* read = reinterpret_cast<const char*>(held) + shift;
+        const float edge_z = edge >= 0 ? V::get(reinterpret_cast<const T*>(read) + edge) : 0.0f;
         uint4* vectors = reinterpret_cast<uint4*>(out + cut.head);
         uint4 x[kLoads];
 #pragma unroll

@@ -30,6 +30,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 template <class T>
 struct Vec;  // kWidth elements in a uint4, kPer of them in each of its four words
 
@@ -181,13 +187,17 @@ template <bool CAPPED>
 __device__ __forceinline__ float capped(float z, const Scale& s) {
   if (!CAPPED) return z;
   const float x = s.over_cap(z), square = x * x;
-  if (square > 0.3f) return z == -infinity() ? z : s.softcap * tanhf(x);
   // c tanh x = z + z (tanh(x) / x - 1): rounded nearly once, where the product with tanhf is off by
   // up to two units, which a temperature below 1 makes more of
   float p = -6.2824036e-3f;
   p = fmaf(p, square, 2.1077706e-2f), p = fmaf(p, square, -5.3853843e-2f);
   p = fmaf(p, square, 0.13332601f), p = fmaf(p, square, -0.33333319f);
-  return fmaf(z, p * square, z);
+  const float near = fmaf(z, p * square, z);
+  // and further out as tanhf has it; both and a choice take fewer registers than a branch
+  const float e = exp2_fast(2.88539008f * fabsf(x));
+  const float far = s.softcap * copysignf(fmaf(-2.0f, reciprocal_fast(e + 1.0f), 1.0f), x);
+  const float y = square > 0.3f ? far : near;
+  return z == -infinity() ? z : y;
 }
 
 // dz'/dz at a logit: 1 - tanh^2, which cancels near 1, where it is 4 e / (1 + e)^2 of e = e^(-2|x|)

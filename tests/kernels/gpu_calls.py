@@ -10,6 +10,7 @@ from oracle import Run, case, flatten, run, upstream_like
 from torch import Tensor
 
 from klq_kernels import _dispatch, klq_loss
+from klq_kernels._linear_head import pitch
 from klq_kernels._registry import SPECS
 
 DEVICE = "cuda"
@@ -19,18 +20,20 @@ _SKEWED = (0, 1, 700, 3, 0, 5000, 1024, 0)
 
 
 class Call(NamedTuple):
-    """One way to call an op; `logits` in place is what `klq_loss` alone has."""
+    """One way to call an op; `logits` in place is what `klq_loss` alone has, `logits32` an LM head
+    with logits in float32, on Hopper our own product, some of whose rows are kept."""
 
     op: str
     dtype: torch.dtype = F32
     case: str = "plain"
     inplace: bool = False
+    logits32: bool = False
     leading: tuple[int, ...] = (3, 5)
     vocabulary: int = 257
     lengths: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        how = "inplace" if self.inplace else self.case
+        how = "inplace" if self.inplace else self.case + "-logits32" * self.logits32
         shape = "x".join(map(str, self.leading))
         rows = "" if SPECS[self.op].kind == "scan" else f"x{self.vocabulary}"
         return f"{self.op}-{how}-{shape}{rows}-{str(self.dtype).removeprefix('torch.')}"
@@ -39,7 +42,12 @@ class Call(NamedTuple):
         size = {"leading": self.leading, "vocabulary": self.vocabulary, "seed": seed}
         if self.lengths is not None:
             size["lengths"] = self.lengths
-        return SPECS[self.op].inputs(device or DEVICE, self.dtype, case(self.case), **size)
+        made = SPECS[self.op].inputs(device or DEVICE, self.dtype, case(self.case), **size)
+        if self.logits32:
+            made["logits_dtype"] = F32
+            if self.op == "linear_token_logprobs":
+                made["keep_bytes"] = 6 * 2 * pitch(self.vocabulary)
+        return made
 
     def upstream(self, inputs: dict, backend: str) -> Tensor:
         """Of the first output: random, or 0.5 for a loss, so that its gradient is scaled."""
@@ -78,7 +86,11 @@ def _calls() -> list[Call]:
             out.append(Call(op, F32, "packed", leading=(sum(_SKEWED) + 3,), lengths=_SKEWED))
             out.append(Call(op, BF16, leading=(64, 300)))
         else:
-            out.append(Call(op, BF16, leading=(4, 9), vocabulary=4099))
+            out += [
+                Call(op, BF16, leading=(4, 9), vocabulary=4099),
+                Call(op, BF16, logits32=True, leading=(4, 9), vocabulary=4099),
+                Call(op, BF16, "compacted", logits32=True),
+            ]
     out += [  # rings of 1, 2, 4 and 8 blocks a row
         Call("klq_loss", BF16, inplace=True, leading=(16, 9), vocabulary=50304),
         Call("klq_loss", F16, inplace=True, leading=(3, 9), vocabulary=100003),
@@ -93,7 +105,7 @@ CALLS = _calls()
 # one of each op, and the loss in place: for tests that cost a second a call
 FEW = [
     *{c.op: c for c in reversed(CALLS) if not c.inplace}.values(),
-    *(c for c in CALLS if c.op in ("lambda_returns", "klq_targets")),
+    *(c for c in CALLS if c.op in ("lambda_returns", "klq_targets") or c.logits32),
     next(c for c in CALLS if c.inplace),
 ]
 FEW = list(dict.fromkeys(FEW))

@@ -204,9 +204,13 @@ def test_scans_feed_one_another(backend, shape):
     assert same_bits(ends[0], ends[1]) and same_bits(ends[0], ends[2])
 
 
+LINEAR = [op for op, spec in SPECS.items() if spec.kind == "linear"]
 NEVER_WAITS = [
     *CALLS,
-    *(Call(op, case="compacted") for op, spec in SPECS.items() if spec.kind == "linear"),
+    *(Call(op, case="compacted") for op in LINEAR),
+    # more tokens are active than are said to be
+    *(Call(op, BF16, "compacted", leading=(9, 9)) for op in LINEAR),
+    *(Call(op, BF16, "compacted", logits32=True, leading=(9, 9)) for op in LINEAR),
     *(Call(op, case="strided") for op in SPECS),
     *(Call(op, case="narrow_ids") for op, spec in SPECS.items() if "mask" in spec.takes),
 ]

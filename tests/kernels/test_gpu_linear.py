@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head on our own Hopper product: exponentials and sums in its epilogue, references that are
-too far off, edges of its tiles, the gradients made from exponentials, graphs and waiting. The ops
-over it, also where nothing but a CPU is: test_own_product."""
-
-import os
+too far off, edges of its tiles, the gradients made from exponentials. The ops over it are in
+test_own_product and, by graph, stream and load, in test_gpu."""
 
 import pytest
 import torch
-from gpu_calls import DEVICE, as_in_production, blank, capture, differs, fill, no_waiting
-from oracle import Run, same_bits
+from gpu_calls import DEVICE
+from oracle import same_bits
 from own_product import needs_hopper
 
 from klq_kernels import _linear_head as head
@@ -192,85 +190,3 @@ def test_many_launches_give_the_same_bits():
     assert not bad
     part = exponentials(h[3:50], w, a[3:50])  # rows do not know their neighbours
     assert same_bits(part[0], want[0][3:50]) and same_bits(part[2], want[2][3:50])
-
-
-OPS = ["loss", "logprobs", "kept", "stats"]
-every_op = pytest.mark.parametrize("op", OPS)
-compacted = pytest.mark.parametrize("num_active", [None, 200], ids=["", "compacted"])
-
-
-def batch(seed: int) -> dict:
-    """At most 200 of 300 tokens are active, NaN where none is; two chunks and a kept one."""
-    torch.manual_seed(seed)
-    n, d, v = 300, 128, 1003
-    mask = torch.arange(n, device=DEVICE) % 5 < 3
-    h = draw(n, d)
-    h[~mask] = torch.nan
-    return {
-        "hidden": h,
-        "weight": draw(v, d, scale=d**-0.5),
-        "bias": draw(v, scale=0.2),
-        "actions": torch.randint(v, (n,), device=DEVICE),
-        "mask": mask,
-        "values": torch.randn(n, device=DEVICE),
-        "ref_logprobs": torch.randn(n, device=DEVICE) - 7,
-        "returns": torch.randn(n, device=DEVICE),
-    }
-
-
-def call(op: str, x: dict, num_active: int | None) -> Run:
-    """Forward and backward on our own product."""
-    names = ["hidden", "weight", "bias"]
-    how = {"num_active": num_active, "chunk_bytes": 150 * 1008 * 2}
-    x = {**x, **how, "logits_dtype": torch.float32}
-    for name in names:
-        x[name] = x[name].detach().requires_grad_()
-    v, ref, g = (x.pop(k) for k in ("values", "ref_logprobs", "returns"))
-    if op == "stats":
-        return Run(dict(zip(("logprobs", "entropy"), linear_token_stats(**x), strict=False)), {})
-    if op == "loss":
-        made = linear_klq_loss(**x, values=v, ref_logprobs=ref, returns=g, tau=0.3)
-        out, results, up = made.loss, [made.loss, *made.stats], made.loss.detach() * 0 + 0.5
-    else:
-        out = linear_token_logprobs(**x, keep_bytes=70 * 1008 * 2 if op == "kept" else 0)
-        results, up = [out], g
-    grads = torch.autograd.grad(out, [x[k] for k in names], up)
-    results = {str(i): r.detach() for i, r in enumerate(results)}
-    return Run(results, dict(zip(names, grads, strict=True)))
-
-
-@every_op
-@compacted
-def test_nothing_waits_for_the_device(op, num_active):
-    as_in_production()
-    x = batch(0)
-    want = call(op, x, num_active)
-    with no_waiting():
-        bad = differs(call(op, x, num_active), want)
-        few = [] if op == "stats" else [call(op, x, 10)]  # fewer than there are
-    assert not bad
-    for made in few:
-        assert all(r.isnan().all() for r in (*made.outputs.values(), *made.grads.values()))
-
-
-@pytest.mark.skipif(
-    "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ, reason="a capture may not call cudaMalloc"
-)
-@every_op
-@compacted
-def test_graph_replays(op, num_active):
-    """Captured forward and backward on changing data, bit for bit the eager results."""
-    as_in_production()
-    data = [batch(seed) for seed in range(3)]
-    wanted = [call(op, x, num_active) for x in data]
-    assert differs(wanted[0], wanted[1])
-    buffers = blank(data[0])
-    fill(buffers, data[0])
-    replay, out = capture(lambda: call(op, buffers, num_active))
-    bad = torch.zeros((), dtype=torch.bool, device=DEVICE)
-    with no_waiting():
-        for i in range(30):
-            fill(buffers, data[i % 3])
-            replay()
-            bad |= differs(out, wanted[i % 3])
-    assert not bad
