@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head over chunks of tokens, forward and backward.
 
-Logits wanted in float32 cost nothing on Hopper: there the head's product is our own
-(csrc/cuda/gemm.cuh), which sums up rows while they are in registers. Without a gradient no logits
-are stored at all, and with one, exponentials in their place, from which the gradients are plain
-products. Everywhere else the products are the library's and row kernels run between them.
+On Hopper the products of a bfloat16 head whose epilogue matters are our own (csrc/cuda/gemm.cuh):
+one sums up rows while their logits are in registers, in float32, and stores exponentials in their
+place where a gradient follows, which is then plain products of them; the other adds the weight's
+gradient into its float32 sum. Everywhere else the products are the library's and row kernels run
+between them.
 
 A chunk's logits fit in `chunk_bytes` and live in one buffer, which the row kernels read and, where
 a gradient is made, overwrite with it. No tensor of size tokens x vocabulary ever exists. The
@@ -37,13 +38,12 @@ def is_hopper(device: torch.device) -> bool:
     return built and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def ours(backend: str, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> bool:
-    """Whether our own product takes this head: by device, types and layout of the weight, never by
+def ours(backend: str, hidden: Tensor, weight: Tensor) -> bool:
+    """Whether our own products take this head: by device, type and layout of the weight, never by
     the number of tokens, so that log-probs of one model always come the same way; nor by memory, so
     that fakes know what is kept."""
     return (
         backend != "triton"
-        and logits_dtype == torch.float32
         and hidden.dtype == torch.bfloat16  # of float16 the exponentials would overflow
         and is_hopper(hidden.device)
         and along_rows(weight)
@@ -117,11 +117,11 @@ class Head:
         self.tokens, self.rows = hidden.shape[0], rows
         # if poisoned, it makes NaN of every logit and of dW, which is too large to be passed over
         self.hidden, self.weight, self.bias = rows.poison(rows.take(hidden)), weight, bias
-        self.ours = backend is not None and ours(backend, hidden, weight, logits_dtype)
+        self.ours = backend is not None and ours(backend, hidden, weight)
         if self.ours:
             self.hidden, self.weight = copyable(self.hidden), copyable(weight)
         self.count = self.hidden.shape[0]
-        # of what a chunk is stored as: in place of float32 logits, exponentials of 16 bits
+        # of what a chunk is stored as: in place of logits, exponentials of 16 bits
         self.dtype = hidden.dtype if self.ours else logits_dtype or hidden.dtype
         self.chunk_bytes = chunk_bytes
         self.need_hidden, self.need_weight, self.need_bias = needs
@@ -133,6 +133,7 @@ class Head:
             self.bytes_a_logit += hidden.dtype.itemsize
         self.buffer = None
         self.dhidden = self.dweight = self.dbias = None
+        self.chosen: list[tuple[Tensor, Tensor, Tensor]] = []  # of chunks: actions, scale, own
         self.safe: tuple[slice, Tensor] | None = None
         self.whole = False  # ranks that do not know each other's widths must cut alike: not at all
 
@@ -178,18 +179,24 @@ class Head:
         tiles = self.weight.shape[0] // 192 + 1  # csrc/cuda/linear_rows_kernel.cu
         return chunks(first, self.count if end is None else end, tiles * 12, SUM_BYTES)
 
+    def parts_to_scale(self, end: int) -> Iterator[slice]:
+        """Chunks of kept exponentials for the backward: their scaled hidden states need room."""
+        return chunks(0, end, self.weight.shape[1] * self.hidden.itemsize, SUM_BYTES)
+
     def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
         """(log-probs, factors, entropy or an empty tensor) of a chunk, from float32 logits."""
         h, use = self.hidden[part], self.mask(part)  # a row of NaN stays in its row
         linear_rows_ = operator("cuda", "linear_rows_")
-        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, entropy, None)
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, entropy, None)[:3]
 
     def exponentials(self, part: slice, actions: Tensor, t: float, cap: float, out: Tensor):
-        """(log-probs, factors) of a chunk; `out` times a factor a row is the gradient of the
-        log-probs by the logits (csrc/cuda/linear_rows.h)."""
+        """(log-probs, factors, own) of a chunk; `out` times a factor a row is the gradient of the
+        log-probs by the logits, `own` what it is at the action, before it is rounded
+        (csrc/cuda/linear_rows.h)."""
         h, use = self.rows_of(part), self.mask(part)
         linear_rows_ = operator("cuda", "linear_rows_")
-        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, out)[:2]
+        made = linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, out)
+        return made[0], made[1], made[3]
 
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for what needs float32 copies of the operands."""
@@ -243,18 +250,17 @@ class Head:
             else:
                 product(dlogits.T, h, self.dweight, not first)
 
-    def hidden_gradient(self, part: slice, e: Tensor, scale: Tensor) -> None:
-        """dH of dlogits = scale x e."""
-        if not self.need_hidden:
-            return
-        if self.dhidden is None:
-            self.dhidden = torch.empty_like(self.hidden)
-        self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
-
-    def weight_gradient(self, part: slice, e: Tensor, scale: Tensor) -> None:
-        """Adds dW and db of dlogits = scale x e. The scaled hidden states are rounded: one rounding
-        more than a stored gradient has."""
+    def backward_scaled(
+        self, part: slice, e: Tensor, scale: Tensor, own: Tensor, actions: Tensor
+    ) -> None:
+        """Adds the gradients of dlogits = scale x e. dW takes the scale to the hidden states, one
+        rounding more than a stored gradient has: `gradients` mends it where it shows, in the rows
+        of the actions."""
         w, first = self.weight, part.start == 0
+        if self.need_hidden:
+            if self.dhidden is None:
+                self.dhidden = torch.empty_like(self.hidden)
+            self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
         if self.need_bias:
             # a column sum as a product that reads e once: the scale in three 16-bit pieces
             pieces, left = [], scale
@@ -265,20 +271,29 @@ class Head:
             db = e.new_empty((len(w), 8), dtype=torch.float32)
             product(e.T, torch.stack([*pieces, *[zero] * 5], 1), db)
             self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
-        if not self.need_weight:
-            return
-        if first:
-            alone = part.stop == self.count
-            self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else torch.float32)
-        h = self.rows_of(part)
-        scaled = torch.empty_like(h)
-        torch.mul(h, scale.unsqueeze(-1), out=scaled)
-        product(e.T, scaled, self.dweight, not first)
+        if self.need_weight:
+            if first:
+                self.dweight = w.new_empty(w.shape, dtype=torch.float32)
+            h = self.rows_of(part)
+            scaled = torch.empty_like(h)
+            torch.mul(h, scale.unsqueeze(-1), out=scaled)
+            operator("cuda", "linear_weight_")(self.dweight, e, scaled, not first)
+            self.chosen.append((actions, scale, own))
+
+    def add_chosen(self) -> None:
+        """What dW lacks in the rows of the actions (csrc/cuda/linear_weight.h)."""
+        actions, scale, own = (torch.cat(x) for x in zip(*self.chosen, strict=True))
+        self.chosen = []
+        ids, order = actions.clamp(0, len(self.weight) - 1).int().sort(stable=True)
+        chosen = operator("cuda", "linear_chosen_")
+        chosen(self.dweight, self.hidden, order, ids, scale, own)
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
         and bias, or with `keep_wide` in those they were made in."""
         self.buffer = None
+        if self.chosen:
+            self.add_chosen()
         out = []
         needs = self.need_hidden, self.need_weight, self.need_bias
         like = self.hidden, self.weight, self.bias
@@ -302,7 +317,19 @@ class Head:
 @torch.library.register_fake("klq::linear_rows_")
 def _(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
     rows = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    return rows, torch.empty_like(rows), rows.new_empty(rows.shape if entropy else (0,))
+    moments = rows.new_empty(rows.shape if entropy else (0,))
+    own = rows.new_empty((0,) if exponentials is None else rows.shape)
+    return rows, torch.empty_like(rows), moments, own
+
+
+@torch.library.register_fake("klq::linear_weight_")
+def _(out, dlogits, hidden, add):
+    return None
+
+
+@torch.library.register_fake("klq::linear_chosen_")
+def _(out, hidden, order, actions, scale, own):
+    return None
 
 
 @torch.library.register_fake("klq::klq_loss_tokens")

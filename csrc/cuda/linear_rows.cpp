@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/linear_rows.h"
 
-#include "cuda/row_glue.h"
+#include "cuda/linear_glue.h"
 
 namespace klq::cuda {
 namespace {
 
-// x [rows, columns] as the copy engine takes it.
-void check_matrix(const char* op, const char* name, const Tensor& x, const Tensor& like) {
-  KLQ_CHECK(op, x.is_cuda() && x.get_device_index() == like.get_device_index(), name,
-            " must be on the device of hidden");
-  KLQ_CHECK(op, x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16, name,
-            " must be a bfloat16 matrix");
-  KLQ_CHECK(op, x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) >= x.size(1), name,
-            " must have unit stride along its rows, which are 16 bytes or multiples apart");
-  KLQ_CHECK(op, reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name,
-            " must begin at a multiple of 16 bytes");
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_rows_(Tensor hidden, Tensor weight, MaybeTensor bias,
-                                                Tensor actions, MaybeTensor mask,
-                                                double temperature, double softcap, bool entropy,
-                                                MaybeTensor exponentials) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_rows_(Tensor hidden, Tensor weight,
+                                                        MaybeTensor bias, Tensor actions,
+                                                        MaybeTensor mask, double temperature,
+                                                        double softcap, bool entropy,
+                                                        MaybeTensor exponentials) {
   const char* op = "linear_rows_";
   const OnDeviceOf guard(op, "hidden", hidden);
   check_matrix(op, "hidden", hidden, hidden);
@@ -42,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_rows_(Tensor hidden, Tensor weight, Ma
   Tensor scratch = new_vector(hidden, linear_rows_scratch(n, v, entropy));
   Tensor logprobs = new_vector(hidden, n), factors = new_vector(hidden, n);
   Tensor moments = new_vector(hidden, entropy ? n : 0);
+  Tensor own = new_vector(hidden, exponentials ? n : 0);
   LinearArgs args{};
   args.hidden = hidden.data_ptr(), args.weight = weight.data_ptr(), args.bias = added.data();
   args.rows = n, args.depth = hidden.size(1), args.columns = v;
@@ -51,8 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_rows_(Tensor hidden, Tensor weight, Ma
   args.stride = exponentials ? exponentials->stride(0) : 0;
   args.scratch = floats(scratch), args.logprobs = floats(logprobs);
   args.factors = floats(factors), args.entropy = entropy ? floats(moments) : nullptr;
+  args.own = floats(own);
   STD_CUDA_CHECK(linear_rows(args, current_stream(hidden)));
-  return {logprobs, factors, moments};
+  return {logprobs, factors, moments, own};
 }
 
 }  // namespace

@@ -16,10 +16,11 @@ struct LinearArgs {
   const int64_t* actions;
   const bool* mask;  // null: all rows active
   Scaling scaling;
-  void* exponentials;                   // null: nothing of size rows x columns is stored
-  int64_t stride;                       // of exponentials
-  float* scratch;                       // linear_rows_scratch floats
-  float *logprobs, *factors, *entropy;  // [rows]; entropy null: not wanted
+  void* exponentials;         // null: nothing of size rows x columns is stored
+  int64_t stride;             // of exponentials
+  float* scratch;             // linear_rows_scratch floats
+  float *logprobs, *factors;  // [rows]
+  float *entropy, *own;       // [rows]; entropy null: not wanted; own with exponentials
 };
 
 // Row i of exponentials becomes E_i and factors[i] becomes s_i, with
@@ -29,11 +30,12 @@ struct LinearArgs {
 // so that a loss with gradient g_i by log-prob i needs no pass over the rows: dH = diag(g s) E W
 // and dW = E^T diag(g s) H are the head's plain products with factors a row. What is stored, off
 // the action's column, is e^(z'_ij - z'_ref) of a reference near the action's logit, rounded once,
-// like a stored gradient. Where a row's exponentials would leave the range of floats, the product
-// is run again with better references, which only the device decides.
+// like a stored gradient; own[i] is E_i at the action before it is rounded. Where a row's
+// exponentials would leave the range of floats, the product is run again with better references,
+// which only the device decides.
 //
-// Inactive rows: logprobs, factors and entropy are 0, and so is E if the row of hidden is finite.
-// cudaErrorNotSupported: not a Hopper device, or not built for sm_90a.
+// Inactive rows: logprobs, factors, entropy and own are 0, and so is E if the row of hidden is
+// finite. cudaErrorNotSupported: not a Hopper device, or not built for sm_90a.
 int64_t linear_rows_scratch(int64_t rows, int64_t columns, bool entropy);
 cudaError_t linear_rows(const LinearArgs& args, cudaStream_t stream);
 

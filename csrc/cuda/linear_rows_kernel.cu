@@ -252,13 +252,14 @@ __global__ void __launch_bounds__(32 * kMergers) check_references_kernel(const R
 template <class T>
 __global__ void __launch_bounds__(32 * kMergers)
     finish_rows_kernel(const RowArgs a, T* out, int64_t stride, float* logprobs, float* factors,
-                       float* entropy) {
+                       float* entropy, float* own) {
   const int row = int(blockIdx.x) * 32 + int(threadIdx.x) % 32;
   const Merged m = merged(a, row);
   if (threadIdx.x >= 32 || row >= a.rows) return;
   if (!a.active(row)) {
     logprobs[row] = factors[row] = 0.0f;
     if (entropy) entropy[row] = 0.0f;
+    if (out) own[row] = 0.0f;
     return;
   }
   const bool known = a.known(row), cap = a.scale.softcap > 0.0f;
@@ -273,13 +274,14 @@ __global__ void __launch_bounds__(32 * kMergers)
     moments(sums, sum, sum, a.scale, entropy + row, nullptr);
     if (!finite) entropy[row] = not_a_number();
   }
-  if (!known || !out) return;
-  double own = -double(sum.raw_sum) * sum.other;
+  if (!out) return;
+  double x = -double(sum.raw_sum) * sum.other;
   if (cap) {
     const double t = double(chosen) / double(a.scale.softcap);
-    own *= (1.0 - t * t) / a.scale.temperature;
+    x *= (1.0 - t * t) / a.scale.temperature;
   }
-  Vec<T>::put(out + row * stride + a.actions[row], chosen == -infinity() ? 0.0f : float(own));
+  own[row] = chosen == -infinity() ? 0.0f : float(x);  // also of an unknown action
+  if (known) Vec<T>::put(out + row * stride + a.actions[row], own[row]);
 }
 
 template <class T, bool CAPPED, Wanted WANTED>
@@ -311,7 +313,7 @@ cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
   if (cudaError_t e = launch_gemm<Tile>(a, b, store, stream)) return e;
   finish_rows_kernel<T><<<blocks, 32 * kMergers, 0, stream>>>(
       rows, static_cast<T*>(args.exponentials), args.stride, args.logprobs, args.factors,
-      kMoments ? args.entropy : nullptr);
+      kMoments ? args.entropy : nullptr, args.own);
   return cudaGetLastError();
 }
 

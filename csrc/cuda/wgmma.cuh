@@ -40,12 +40,14 @@ __device__ __forceinline__ void settle(float (&d)[N]) {
   for (int k = 0; k < N; ++k) asm volatile("" : "+f"(d[k])::"memory");
 }
 
-// Where an operand lies in shared memory: 128-byte rows, 64 deep, in the 128-byte swizzle, 8 rows
-// after 8. Adding bytes / 16 moves it.
+// Where an operand lies in shared memory, in the 128-byte swizzle: 128-byte rows, 64 deep, 8 rows
+// after 8; or ACROSS, as boxes of 8192 bytes, each 64 of its rows side by side and 64 deep, 8 after
+// 8. Adding bytes / 16 moves it.
+template <bool ACROSS>
 __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
   constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;
-  constexpr uint64_t kLeading = uint64_t(1) << 16;
+  constexpr uint64_t kLeading = uint64_t(ACROSS ? 8192 >> 4 : 1) << 16;
   return kSwizzle128 | kEightRows | kLeading | ((address & 0x3ffff) >> 4);
 }
 
@@ -66,13 +68,14 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
 #define KLQ_F96 KLQ_F64, KLQ_F32(64)
 
 // d = a b^T, or d + a b^T: 64 x 16 by 192 x 16, bfloat16. Runs on after its issue, until a wait.
+template <bool ACROSS>
 __device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" KLQ_D96
-      "}, %96, %97, add, 1, 1, 0, 0;\n}"
+      "}, %96, %97, add, 1, 1, %99, %99;\n}"
       : KLQ_F96
-      : "l"(a), "l"(b), "r"(int(add)));
+      : "l"(a), "l"(b), "r"(int(add)), "n"(int(ACROSS)));
 }
 
 #undef KLQ_F96

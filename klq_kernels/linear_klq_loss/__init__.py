@@ -233,12 +233,11 @@ def forward(
         a, v, ref, g, w = (None if x is None else x[part] for x in picked)
         if head.ours:
             e = head.room(part)
-            logprobs, factors = head.exponentials(part, a, t, cap, e)
+            logprobs, factors, own = head.exponentials(part, a, t, cap, e)
             part_loss, part_stats, coefficients, dvalues[part] = operator(
                 backend, "klq_loss_tokens"
             )(logprobs, v, ref, g, tau, use, w, normalizer)
-            head.hidden_gradient(part, e, coefficients * factors)
-            head.weight_gradient(part, e, coefficients * factors)
+            head.backward_scaled(part, e, coefficients * factors, own, a)
         else:
             logits = head.logits(part)
             if shard is None:

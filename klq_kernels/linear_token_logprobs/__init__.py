@@ -42,8 +42,8 @@ def linear_token_logprobs(
             which casts them as F.linear does. All three receive gradients.
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`. NaN in an
             inactive row of `hidden` reaches no result and no gradient.
-        logits_dtype: torch.float32 keeps the head's logits in float32, which for bfloat16 heads on
-            Hopper takes neither time nor memory; None: in hidden's dtype.
+        logits_dtype: torch.float32 keeps the head's logits in float32; None: in hidden's dtype.
+            Those of bfloat16 heads on Hopper are never rounded, either way.
         num_active: number of active tokens, when the caller knows it: only these meet the head,
             without a synchronisation. More is allowed; fewer makes every result and every entry of
             every gradient NaN, never a part of them.
@@ -51,8 +51,8 @@ def linear_token_logprobs(
             `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
             weight has 16 bits, and little else.
         keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
-            is wanted: 2 bytes each, 4 in float32, but 2 where float32 costs no memory. It changes
-            time and memory, and no number.
+            is wanted: 2 bytes each, or 4 with float32 logits, but 2 on Hopper. It changes time and
+            memory, and no number.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
             complete (already summed over the group). With (group, start) the tokens are one chunk:
             ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
@@ -160,7 +160,7 @@ def forward(
     shard=None,
 ):
     """Log-probs, (max, rest, z_a) of the rows that met the head, and what is kept of the first:
-    their logits; or their exponentials, whose factors then stand in row_stats[0]."""
+    their logits; or their exponentials, whose factors and own then stand in row_stats[:2]."""
     tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
@@ -185,7 +185,7 @@ def forward(
     if head.ours:
         for part in head.parts_to_sum(0, keep):
             made = head.exponentials(part, actions[part], t, cap, visible[part])
-            logprobs[part], row_stats[0, part] = made
+            logprobs[part], row_stats[0, part], row_stats[1, part] = made
         for part in head.parts_to_sum(keep):
             logprobs[part] = head.sums(part, actions[part], t, cap)[0]
     else:
@@ -236,16 +236,14 @@ def backward(
     if head.ours:
         grad = grad if rows.mask is None else torch.where(rows.mask, grad, 0.0)
         if keep:
-            e, factors = kept[:, :vocabulary], row_stats[0, :keep]
-            for part in head.parts_to_sum(0, keep):
-                scale = grad[part] * factors[part]
-                head.hidden_gradient(part, e[part], scale)
-                head.weight_gradient(part, e[part], scale)
+            scale, own = grad[:keep] * row_stats[0, :keep], row_stats[1]
+            for part in head.parts_to_scale(keep):
+                e = kept[part, :vocabulary]
+                head.backward_scaled(part, e, scale[part], own[part], actions[part])
         for part in head.parts(keep):
             e = head.room(part)
-            _, factors = head.exponentials(part, actions[part], t, cap, e)
-            head.hidden_gradient(part, e, grad[part] * factors)
-            head.weight_gradient(part, e, grad[part] * factors)
+            _, factors, own = head.exponentials(part, actions[part], t, cap, e)
+            head.backward_scaled(part, e, grad[part] * factors, own, actions[part])
         return head.gradients()
     token_logprobs_backward = operator(backend, "token_logprobs_backward")
     token_logprobs_backward_ = operator(backend, "token_logprobs_backward_")
@@ -268,7 +266,7 @@ def _(backend, hidden, weight, bias, actions, mask, *rest):
     _, _, logits_dtype, num_active, _, keep = rest
     tokens = actions.shape[0]
     rows = tokens if num_active is None or mask is None or tokens == 0 else num_active
-    own = ours(backend, hidden, weight, logits_dtype)
+    own = ours(backend, hidden, weight)
     dtype, kept = check.wide(hidden), hidden.dtype if own else logits_dtype or hidden.dtype
     keep, width = _kept(rows, weight, kept, keep)
     return (

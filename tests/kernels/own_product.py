@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LM head's own product on a machine without a Hopper GPU: its two operators in plain PyTorch
+"""The LM head's own products on a machine without a Hopper GPU: its operators in plain PyTorch
 on the CPU, so that the Python around them is tested wherever the tests run."""
 
 from contextlib import contextmanager
@@ -41,13 +41,32 @@ def linear_rows_(hidden, weight, bias, actions, mask, t, cap, entropy, exponenti
     every = y / t - y.div(t).logsumexp(-1, keepdim=True)
     h = -torch.where(every == -torch.inf, 0.0, every.exp() * every).sum(-1)
     rows = [torch.where(active, x, 0.0).float() for x in (logprobs, factors, h)]
+    rows.append(rows[0].new_empty(0))
     if exponentials is not None:
         slope = torch.where(z == -torch.inf, 0.0, (1 - (y / cap) ** 2) / t if cap else 1.0)
         own = torch.where(known, -others, e.gather(-1, at)[:, 0]).unsqueeze(-1)
         e = slope * e.scatter(-1, at, own)
+        own = torch.where(chosen == -torch.inf, 0.0, e.gather(-1, at))[:, 0]
+        rows[3] = torch.where(active, own, 0.0).float()
         e = torch.where(active.unsqueeze(-1) | z.isnan(), e, 0.0)
         exponentials.copy_(torch.where(y == -torch.inf, 0.0, e))
-    return rows[0], rows[1], rows[2] if entropy else rows[2].new_empty(0)
+    return rows[0], rows[1], rows[2] if entropy else rows[2].new_empty(0), rows[3]
+
+
+def linear_weight_(out, dlogits, hidden, add):
+    assert out.dtype == torch.float32 and dlogits.dtype == hidden.dtype == torch.bfloat16
+    for x in (dlogits, hidden):
+        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    product(dlogits.T, hidden, out, add)
+
+
+def linear_chosen_(out, hidden, order, actions, scale, own):
+    """What csrc/cuda/linear_weight.h says."""
+    assert (actions[1:] >= actions[:-1]).all() and actions.dtype == torch.int32
+    h = torch.where((own == 0)[:, None], 0.0, hidden.float())
+    stored = own.to(hidden.dtype).float()[:, None] * (scale[:, None] * h).to(hidden.dtype).float()
+    missing = (scale * own)[:, None] * h - stored
+    out.index_add_(0, actions.long(), missing[order])
 
 
 def klq_loss_tokens(logprobs, values, ref_logprobs, returns, tau, mask, weights, normalizer):
@@ -77,6 +96,6 @@ def stand_in():
     ):
         patch.setattr(head, "is_hopper", lambda device: True)
         patch.setattr(head, "product", product)
-        for function in (linear_rows_, klq_loss_tokens):
+        for function in (linear_rows_, linear_weight_, linear_chosen_, klq_loss_tokens):
             library.impl(function.__name__, function, "CPU")
         yield

@@ -12,10 +12,14 @@ from own_product import needs_hopper
 from klq_kernels import _linear_head as head
 from klq_kernels import linear_klq_loss, linear_token_logprobs, linear_token_stats
 
-pytestmark = [pytest.mark.gpu, pytest.mark.small, needs_hopper]
+pytestmark = [pytest.mark.gpu, needs_hopper]
 # tokens, width, vocabulary: one tile and less, edges of tiles, several a block, deeper than a ring
 SHAPES = [(1, 8, 1), (3, 64, 7), (127, 72, 191), (129, 136, 193), (300, 512, 1000)]
-SHAPES += [(1500, 1032, 9001), (257, 4096, 513)]
+MANY = [(1500, 1032, 9001), (257, 4096, 513)]  # too many tiles for a sanitizer
+small = pytest.mark.small
+shapes = pytest.mark.parametrize(
+    "shape", [*(pytest.param(s, marks=small) for s in SHAPES), *MANY], ids=str
+)
 
 
 def draw(*shape, scale=1.0, dtype=torch.bfloat16):
@@ -39,7 +43,12 @@ def exponentials(h, w, a, b=None, mask=None, t=1.0, cap=0.0):
     pitch = head.pitch(len(w))
     whole = torch.full((len(h) + 1, pitch + 8), 777.0, dtype=h.dtype, device=DEVICE)
     e = whole[: len(h), : len(w)]
-    lp, factors, _ = torch.ops.klq.linear_rows_(h, w, b, a, mask, t, cap, False, e)
+    lp, factors, _, own = torch.ops.klq.linear_rows_(h, w, b, a, mask, t, cap, False, e)
+    known = (a >= 0) & (a < len(w)) & (True if mask is None else mask)
+    at = e.gather(-1, torch.where(known, a, 0)[:, None])[:, 0]
+    assert same_bits(own.to(e.dtype)[known], at[known]) and (
+        mask is None or (own[~mask] == 0).all()
+    )
     assert (whole[-1] == 777).all() and (whole[:, pitch:] == 777).all()
     return lp, factors, e
 
@@ -59,7 +68,7 @@ def compare(h, w, a, b=None, t=1.0, cap=None, slack=1.0):
     assert ((some[2].double() - entropy).abs() <= bound * (2 + entropy)).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@shapes
 @pytest.mark.parametrize("scaling", [(1.0, None), (0.7, 5.0)], ids=str)
 def test_exponentials_are_the_gradient(shape, scaling):
     n, d, v = shape
@@ -70,6 +79,7 @@ def test_exponentials_are_the_gradient(shape, scaling):
     compare(h, w, a, None if scaling[1] is None else b, *scaling)
 
 
+@small
 @pytest.mark.parametrize("case", ["unlikely", "very negative", "far", "banned", "banned target"])
 def test_references_that_are_too_far_off(case):
     """The chosen logit is hundreds below the row's largest, all are near -1000 or 20000, most or
@@ -97,6 +107,7 @@ def test_references_that_are_too_far_off(case):
     assert e.isfinite().all() and factors.isfinite().all() and (e[:, v // 3 :] == 0).all()
 
 
+@small
 def test_nan_stays_in_its_row_and_masked_rows_are_zero():
     h, w = draw(300, 64), draw(1000, 64, scale=0.2)
     a = torch.randint(1000, (300,), device=DEVICE)
@@ -116,6 +127,7 @@ def test_nan_stays_in_its_row_and_masked_rows_are_zero():
     assert some[0][7].isnan() and (some[0][~mask] == 0).all() and (some[2][~mask] == 0).all()
 
 
+@small
 @pytest.mark.parametrize("needs", ["hwb", "h", "w"])
 def test_gradients_from_exponentials(needs):
     """dH, dW and db of the loss and of log-probs within twice eager bfloat16's error (norm), over
@@ -165,6 +177,7 @@ def test_results_agree_between_ops():
     assert out.loss == 0
 
 
+@small
 def test_opcheck():
     h, w, a = draw(20, 64), draw(104, 64), torch.arange(20, device=DEVICE)
     e, x = draw(20, 104), torch.randn(20, device=DEVICE)
@@ -172,10 +185,63 @@ def test_opcheck():
     calls = [
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, True, None)),
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, False, e)),
+        (ops.linear_weight_.default, (torch.randn(104, 64, device=DEVICE), e, h, True)),
+        (ops.linear_chosen_.default, (torch.randn(104, 64, device=DEVICE), h, a, a.int(), x, x)),
         (ops.klq_loss_tokens.default, (x, x + 1, x, x, 0.3, a > 3, None, x.sum())),
     ]
     for op, args in calls:
         torch.library.opcheck(op, args)
+
+
+def weight_gradient(e, h, out, add):
+    """linear_weight_, which writes nothing beside its sum."""
+    whole = torch.full((len(out) + 1, out.shape[1]), 777.0, device=DEVICE)
+    whole[:-1] = out
+    torch.ops.klq.linear_weight_(whole[:-1], e, h, add)
+    assert (whole[-1] == 777).all()
+    return whole[:-1]
+
+
+@shapes
+def test_weight_gradient(shape):
+    """dlogits^T hidden of rows that are not as long as apart, in place of the sum and added to it,
+    within float32's error of the products' size; the same bits again."""
+    n, d, v = shape
+    e, h = draw(n + 1, head.pitch(v) + 8)[:n, :v], draw(n + 1, d + 8)[:n, :d]
+    made = e.double().T @ h.double()
+    most = n**0.5 * 2**-14 + n * 2**-20  # the matrix units truncate their sums
+    for out, add in (
+        (torch.full((v, d), torch.nan, device=DEVICE), False),
+        (draw(v, d).float(), True),
+    ):
+        got = weight_gradient(e, h, out, add)
+        want = made + out.double() if add else made
+        assert (got.double() - want).abs().max() <= most
+        assert same_bits(weight_gradient(e, h, out, add), got)
+
+
+@small
+@pytest.mark.parametrize("kind", ["few", "one action", "all apart"])
+def test_chosen_columns(kind):
+    n, d, v = 500, 520, 1000
+    h, out = draw(n, d), draw(v, d).float()
+    a = {
+        "few": torch.randint(7, (n,), device=DEVICE),
+        "one action": torch.full((n,), v - 1, device=DEVICE),
+        "all apart": torch.randperm(v, device=DEVICE)[:n],
+    }[kind]
+    scale, own = torch.randn(n, device=DEVICE), torch.randn(n, device=DEVICE)
+    own[::3], h[::3] = 0.0, torch.nan  # inactive
+    x = torch.where((own == 0)[:, None], 0.0, h.double())
+    stored = own.bfloat16().double()[:, None] * (scale[:, None] * x.float()).bfloat16().double()
+    missing = (scale * own).double()[:, None] * x - stored
+    want = out.double().index_add_(0, a, missing)
+    ids, order = a.int().sort(stable=True)
+    again = out.clone()
+    for to in (out, again):
+        torch.ops.klq.linear_chosen_(to, h, order, ids, scale, own)
+    assert (out.double() - want).abs().max() <= 2**-20 * missing.abs().sum(0).max() + 1e-6
+    assert same_bits(out, again)
 
 
 def test_many_launches_give_the_same_bits():

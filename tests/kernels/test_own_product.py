@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LM-head ops where the head's product is our own (bfloat16, float32 logits): on a Hopper GPU
+"""The LM-head ops where the head's products are our own (bfloat16): on a Hopper GPU
 and, with the stand-in for its operators, on the CPU. The operators themselves: test_gpu_linear."""
 
 from contextlib import nullcontext
@@ -75,7 +75,7 @@ def test_results_and_gradients_against_float64(device, op, chunk, spare, scaling
     """Log-probs and the loss to float32's accuracy, gradients to bfloat16's; compacted, with spare
     slots, NaN and garbage wherever nothing is active."""
     heads, a, mask, rest = problem(device)
-    assert head.ours("cpp", *heads[:2], torch.float32)
+    assert head.ours("cpp", *heads[:2])
     outs, want = truth(op, heads, a, mask, rest, **scaling)
     how = {} if spare is None else {"num_active": int(mask.sum()) + spare}
     got, grads = run(op, heads, a, mask, rest, chunk_bytes=chunk, **scaling, **how)
@@ -156,12 +156,12 @@ def test_memory_that_begins_anywhere(device):
     for x, y in zip((*outs, *grads), (*want[0], *want[1]), strict=True):
         assert same_bits(x, y)
     there = torch.cat([w.new_zeros(3), w.flatten()])[3:].view(V, D)
-    assert not head.ours("cpp", h, there, torch.float32)
+    assert not head.ours("cpp", h, there)
     if device == "cpu":
         size = {"dtype": torch.bfloat16, "count": V * D}
         memory = bytearray(V * D * 2 + 2)
         both = [torch.frombuffer(memory, offset=i, **size).view(V, D) for i in (0, 2)]
         there = next(x for x in both if x.data_ptr() % 16).copy_(w)
-        assert head.ours("cpp", h, there, torch.float32)
+        assert head.ours("cpp", h, there)
         outs, _ = run("logprobs", [h, there, b], a, mask, rest)
         assert same_bits(outs[0], want[0][0])
