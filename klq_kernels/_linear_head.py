@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head over chunks of tokens, forward and backward.
 
-On Hopper the products of a bfloat16 head whose epilogue matters are our own (csrc/cuda/gemm.cuh):
-one sums up rows while their logits are in registers, in float32, and stores exponentials in their
-place where a gradient follows, which is then plain products of them; the other adds the weight's
-gradient into its float32 sum. Everywhere else the products are the library's and row kernels run
-between them.
+On Hopper the products of a bfloat16 head are our own (csrc/cuda/gemm.cuh): one sums up rows while
+their logits are in registers, in float32, and stores exponentials in their place where a gradient
+follows, which is then plain products of them; one adds the weight's gradient into its float32 sum;
+one scales and narrows the hidden states' gradient, which at other sizes is the library's.
+Everywhere else all products are the library's and row kernels run between them.
 
 A chunk's logits fit in `chunk_bytes` and live in one buffer, which the row kernels read and, where
 a gradient is made, overwrite with it. No tensor of size tokens x vocabulary ever exists. The
@@ -13,6 +13,7 @@ gradient of the weight is summed over the chunks in float32: the error of roundi
 16 bits would grow with their number.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -29,6 +30,7 @@ HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
 SUM_BYTES = 32 << 20  # of float32 sums that are on their way into 16 bits, or to a row's result
 TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
+OWN_TILE = 256  # of our own products
 
 
 @cache
@@ -82,15 +84,39 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
-def chunks(first: int, end: int, bytes_a_row: int, chunk_bytes: int | None) -> Iterator[slice]:
-    """Slices of first:end of at most chunk_bytes, nearly equal and of whole tiles if they may."""
+def chunks(
+    first: int, end: int, bytes_a_row: int, chunk_bytes: int | None, tile: int = TILE
+) -> Iterator[slice]:
+    """Slices of first:end of at most chunk_bytes, nearly equal and of whole tiles if they may, be
+    it for one slice more."""
     rows = end - first
     fit = max(1, (chunk_bytes or DEFAULT_CHUNK_BYTES) // bytes_a_row)
-    size = -(-rows // max(1, -(-rows // fit)))
-    whole = -(-size // TILE) * TILE
-    size = max(1, whole if whole <= fit else size)
+    least = max(1, -(-rows // fit))
+    equal = max(1, -(-rows // least))
+    sizes = [-(-equal // tile) * tile, fit // tile * tile, -(-equal // TILE) * TILE, equal]
+    size = next(n for n in sizes if 0 < n <= fit and -(-rows // n) <= least + 1)
     for start in range(first, end, size):
         yield slice(start, min(start + size, end))
+
+
+@cache
+def clusters(device: torch.device) -> int:
+    """Pairs of multiprocessors, on which our product runs a tile at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count // 2
+
+
+def fills(down: float, across: float, slots: int) -> float:
+    """The share of the slots that the tiles of a product keep at work, until the last is done."""
+    tiles = math.ceil(down) * math.ceil(across)
+    return down * across / (slots * math.ceil(tiles / slots))
+
+
+def own_hidden(rows: int, width: int, device: torch.device) -> bool:
+    """Whether dH of a chunk is our own product: where its tiles come out even on the device and the
+    library's, 256 x 128 and one a multiprocessor, do not."""
+    n = clusters(device)
+    own = fills(width / 256, rows / 192, n)
+    return own > 0.9 and own > fills(rows / 256, width / 128, 2 * n)
 
 
 class Head:
@@ -141,7 +167,8 @@ class Head:
         end = self.count if end is None else end
         if self.whole:
             return iter([slice(first, end)] if end > first else [])
-        return chunks(first, end, self.weight.shape[0] * self.bytes_a_logit, self.chunk_bytes)
+        bytes_a_row = self.weight.shape[0] * self.bytes_a_logit
+        return chunks(first, end, bytes_a_row, self.chunk_bytes, OWN_TILE if self.ours else TILE)
 
     def rows_of(self, part: slice) -> Tensor:
         """Hidden rows of a chunk; NaN in inactive ones must meet neither product."""
@@ -177,11 +204,11 @@ class Head:
     def parts_to_sum(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
         """Chunks for our product where their logits need no room."""
         tiles = self.weight.shape[0] // 192 + 1  # csrc/cuda/linear_rows_kernel.cu
-        return chunks(first, self.count if end is None else end, tiles * 12, SUM_BYTES)
+        return chunks(first, self.count if end is None else end, tiles * 12, SUM_BYTES, OWN_TILE)
 
     def parts_to_scale(self, end: int) -> Iterator[slice]:
         """Chunks of kept exponentials for the backward: their scaled hidden states need room."""
-        return chunks(0, end, self.weight.shape[1] * self.hidden.itemsize, SUM_BYTES)
+        return chunks(0, end, self.weight.shape[1] * self.hidden.itemsize, SUM_BYTES, OWN_TILE)
 
     def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
         """(log-probs, factors, entropy or an empty tensor) of a chunk, from float32 logits."""
@@ -260,7 +287,10 @@ class Head:
         if self.need_hidden:
             if self.dhidden is None:
                 self.dhidden = torch.empty_like(self.hidden)
-            self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
+            if own_hidden(len(e), w.shape[1], w.device):
+                operator("cuda", "linear_hidden_")(self.dhidden[part], e, w, scale)
+            else:
+                self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
         if self.need_bias:
             # a column sum as a product that reads e once: the scale in three 16-bit pieces
             pieces, left = [], scale
@@ -320,6 +350,11 @@ def _(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
     moments = rows.new_empty(rows.shape if entropy else (0,))
     own = rows.new_empty((0,) if exponentials is None else rows.shape)
     return rows, torch.empty_like(rows), moments, own
+
+
+@torch.library.register_fake("klq::linear_hidden_")
+def _(out, dlogits, weight, scale):
+    return None
 
 
 @torch.library.register_fake("klq::linear_weight_")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The matrix product of Hopper (sm_90a): C = A B^T in float32, of 16-bit A and B, an epilogue
-// taking C out of registers. A and B lie in memory with their depth along rows, or both across.
+// taking C out of registers. A and B each lie in memory with their depth along rows, or across.
 //
 // Persistent blocks of three warpgroups. One thread of the first keeps a ring of stages filled,
 // each 64 deep, by the copy engine; the other two warpgroups multiply and take tiles in turns, so
@@ -22,10 +22,11 @@
 namespace klq::cuda {
 
 // A warpgroup's tile has BLOCKS x 64 rows and COLS columns; a cluster spans CLUSTER tiles down.
-// ACROSS: memory holds A^T and B^T.
-template <int BLOCKS, int COLS, int STAGES, int CLUSTER, bool ACROSS = false>
+// A_ACROSS, B_ACROSS: memory holds A^T, B^T.
+template <int BLOCKS, int COLS, int STAGES, int CLUSTER, bool A_ACROSS = false,
+          bool B_ACROSS = false>
 struct Tiling {
-  static constexpr bool kAcross = ACROSS;
+  static constexpr bool kAAcross = A_ACROSS, kBAcross = B_ACROSS;
   static constexpr int kBlocks = BLOCKS, kCols = COLS, kStages = STAGES, kCluster = CLUSTER;
   static constexpr int kRows = 64 * BLOCKS, kDepth = 64, kThreads = 384;
   static constexpr int kABytes = kRows * 128, kStageBytes = kABytes + COLS * 128;
@@ -37,7 +38,7 @@ struct Tiling {
   static constexpr int kSharedCols = COLS / CLUSTER, kSharedDepth = kDepth / CLUSTER;
   static_assert(CLUSTER > 1 && COLS % CLUSTER == 0);
   static_assert(kSharedCols % 8 == 0 && kSharedCols <= 256 && kRows <= 256);
-  static_assert(!ACROSS || (COLS % 64 == 0 && kSharedDepth % 8 == 0));
+  static_assert(!B_ACROSS || (COLS % 64 == 0 && kSharedDepth % 8 == 0));
 };
 
 // The order of tiles: strips of `strip` clusters down, each from left to right, so that what is in
@@ -138,18 +139,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const uint32_t at = stages + slot.index * Tile::kStageBytes, bar = full + 8 * slot.index;
           barrier_wait(empty + 8 * slot.index, slot.parity ^ 1);
           barrier_expect(bar, Tile::kStageBytes);
-          const uint32_t b = at + Tile::kABytes;
           const int depth = k * Tile::kDepth;
-          if constexpr (Tile::kAcross) {
-            const int part = rank * Tile::kSharedDepth;
+          if constexpr (Tile::kAAcross)
             for (int i = 0; i < Tile::kBlocks; ++i)
               load_box<false>(at + i * 8192, p.a, depth, row + 64 * i, bar, 0, policy);
+          else
+            load_box<false>(at, p.a, row, depth, bar, 0, policy);
+          const uint32_t b = at + Tile::kABytes;
+          if constexpr (Tile::kBAcross) {
+            const int part = rank * Tile::kSharedDepth;
             for (int j = 0; j < Tile::kCols / 64; ++j)
               load_box<true>(b + j * 8192 + part * 128, p.b, depth + part, column + 64 * j, bar,
                              kAll, policy);
           } else {
             const int part = rank * Tile::kSharedCols;
-            load_box<false>(at, p.a, row, depth, bar, 0, policy);
             load_box<true>(b + part * 128, p.b, column + part, depth, bar, kAll, policy);
           }
         }
@@ -171,17 +174,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     Slot<kStages> slot;
     auto multiply = [&](bool first_of_tile) {
       const uint32_t at = stages + slot.index * Tile::kStageBytes;
-      constexpr int kStep = (Tile::kAcross ? 2048 : 32) / 16;  // a depth of 16
-      const uint64_t a = matrix_at<Tile::kAcross>(at);
-      const uint64_t b = matrix_at<Tile::kAcross>(at + Tile::kABytes);
+      constexpr bool kA = Tile::kAAcross, kB = Tile::kBAcross;
+      constexpr int kStepA = kA ? 128 : 2, kStepB = kB ? 128 : 2;  // a depth of 16
+      const uint64_t a = matrix_at<kA>(at), b = matrix_at<kB>(at + Tile::kABytes);
       barrier_wait(full + 8 * slot.index, slot.parity);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < Tile::kDepth / 16; ++k)
 #pragma unroll
         for (int i = 0; i < Tile::kBlocks; ++i)
-          wgmma<Tile::kAcross>(c[i], a + k * kStep + i * (8192 / 16), b + k * kStep,
-                               k > 0 || !first_of_tile);
+          wgmma<kA, kB>(c[i], a + k * kStepA + i * (8192 / 16), b + k * kStepB,
+                        k > 0 || !first_of_tile);
       wgmma_commit();
     };
     // They multiply one after the other: the barriers of the ring tell a stage's use from the one
@@ -264,7 +267,8 @@ cudaError_t prepare_gemm(int* clusters) {
   return cudaSuccess;
 }
 
-// C = A B^T of a [rows, depth] and b [columns, depth], or across: [depth, rows], [depth, columns].
+// C = A B^T of a [rows, depth] and b [columns, depth], or where they lie across the other way
+// round.
 template <class Tile, class Epilogue>
 cudaError_t launch_gemm(const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                         cudaStream_t stream) {
@@ -272,16 +276,15 @@ cudaError_t launch_gemm(const Matrix& a, const Matrix& b, const Epilogue& epilog
   int clusters = 0;
   if (cudaError_t e = prepare_gemm<Tile, Epilogue>(&clusters)) return e;
   auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
-  constexpr bool kAcross = Tile::kAcross;
-  const int64_t rows = kAcross ? a.columns : a.rows, depth = kAcross ? a.rows : a.columns;
+  constexpr bool kA = Tile::kAAcross, kB = Tile::kBAcross;
+  const int64_t rows = kA ? a.columns : a.rows, depth = kA ? a.rows : a.columns;
   const int64_t down = ceil_div(rows, Tile::kRows * Tile::kCluster);
-  const int64_t across = ceil_div(kAcross ? b.columns : b.rows, Tile::kCols);
+  const int64_t across = ceil_div(kB ? b.columns : b.rows, Tile::kCols);
   if (down * across >= int64_t(1) << 31) return cudaErrorInvalidValue;
   Product p{};
-  constexpr int kOfA = kAcross ? Tile::kDepth : Tile::kRows;
-  constexpr int kOfB = kAcross ? Tile::kSharedDepth : Tile::kSharedCols;
-  if (cudaError_t e = map_boxes(&p.a, a, kOfA, 64)) return e;
-  if (cudaError_t e = map_boxes(&p.b, b, kOfB, 64)) return e;
+  if (cudaError_t e = map_boxes(&p.a, a, kA ? Tile::kDepth : Tile::kRows, 64)) return e;
+  constexpr int kShared = kB ? Tile::kSharedDepth : Tile::kSharedCols;
+  if (cudaError_t e = map_boxes(&p.b, b, kShared, 64)) return e;
   p.depth = int(ceil_div(depth, Tile::kDepth));
   // as many rows of A as 16 MiB hold, but 8 clusters at least: those at work are then about as many
   // down as across

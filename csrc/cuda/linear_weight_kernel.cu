@@ -9,7 +9,7 @@
 namespace klq::cuda {
 namespace {
 
-using Tile = Tiling<2, 192, 5, 2, true>;
+using Tile = Tiling<2, 192, 5, 2, true, true>;
 
 template <bool ADD>
 struct IntoSum {
@@ -55,44 +55,55 @@ cudaError_t run(const WeightArgs& args, cudaStream_t stream) {
   return launch_gemm<Tile>(a, b, sum, stream);
 }
 
-constexpr int kThreads = 256, kAhead = 8;
+constexpr int kThreads = 256, kAhead = 4;
 
-// One block a slice of the depth of each token that is the first of its action; two elements a
+// One block a slice of the depth of each token that is the first of its action; 8 elements a
 // thread. Tokens of one action are loaded several at a time and added one by one.
 __global__ void __launch_bounds__(kThreads) chosen_kernel(const ChosenArgs a) {
   using V = Vec<bf16>;
   const int64_t first = blockIdx.x;
   const int action = a.actions[first];
   if (first > 0 && a.actions[first - 1] == action) return;
-  const int64_t d = 2 * (int64_t(blockIdx.y) * kThreads + threadIdx.x);
+  const int64_t d = V::kWidth * (int64_t(blockIdx.y) * kThreads + threadIdx.x);
   if (d >= a.depth) return;
-  float sum[2] = {};
+  auto out = reinterpret_cast<float4*>(a.out + action * a.stride + d);
+  const float4 before[2] = {out[0], out[1]};
+  float sum[V::kWidth] = {};
   for (int64_t p = first; p < a.rows && a.actions[p] == action; p += kAhead) {
-    uint32_t packed[kAhead];
+    uint4 packed[kAhead];
     float own[kAhead], scale[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const bool in = p + k < a.rows && a.actions[p + k] == action;
       const int64_t row = in ? a.order[p + k] : 0;
       own[k] = in ? a.own[row] : 0.0f, scale[k] = in ? a.scale[row] : 0.0f;
-      packed[k] = own[k] == 0.0f
-                      ? 0  // inactive, or alone in its row
-                      : *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(a.hidden) +
-                                                           row * a.hidden_stride + d);
+      auto h = static_cast<const bf16*>(a.hidden) + row * a.hidden_stride + d;
+      // 0: inactive, or alone in its row
+      packed[k] = own[k] == 0.0f ? uint4{} : *reinterpret_cast<const uint4*>(h);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (own[k] == 0.0f) continue;
-      float h[2], stored[2], rounded[2];
-      V::unpack(packed[k], h);
-      const float owns[2] = {own[k], own[k]}, scaled[2] = {scale[k] * h[0], scale[k] * h[1]};
-      V::unpack(V::pack(owns), stored), V::unpack(V::pack(scaled), rounded);
+      const uint32_t words[4] = {packed[k].x, packed[k].y, packed[k].z, packed[k].w};
+      const float owns[2] = {own[k], own[k]};
+      float stored[2];
+      V::unpack(V::pack(owns), stored);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i] += scale[k] * own[k] * h[i] - stored[i] * rounded[i];
+      for (int w = 0; w < 4; ++w) {
+        float h[2], rounded[2];
+        V::unpack(words[w], h);
+        const float scaled[2] = {scale[k] * h[0], scale[k] * h[1]};
+        V::unpack(V::pack(scaled), rounded);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          sum[2 * w + i] += scale[k] * own[k] * h[i] - stored[i] * rounded[i];
+      }
     }
   }
-  float* out = a.out + action * a.stride + d;
-  out[0] += sum[0], out[1] += sum[1];
+#pragma unroll
+  for (int q = 0; q < 2; ++q)
+    out[q] = make_float4(before[q].x + sum[4 * q], before[q].y + sum[4 * q + 1],
+                         before[q].z + sum[4 * q + 2], before[q].w + sum[4 * q + 3]);
 }
 
 }  // namespace
@@ -104,7 +115,7 @@ cudaError_t linear_weight(const WeightArgs& args, cudaStream_t stream) {
 
 cudaError_t linear_chosen(const ChosenArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
-  const dim3 grid(unsigned(args.rows), unsigned((args.depth + 2 * kThreads - 1) / (2 * kThreads)));
+  const dim3 grid(unsigned(args.rows), unsigned((args.depth + 8 * kThreads - 1) / (8 * kThreads)));
   chosen_kernel<<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }

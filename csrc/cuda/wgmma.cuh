@@ -68,14 +68,14 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
 #define KLQ_F96 KLQ_F64, KLQ_F32(64)
 
 // d = a b^T, or d + a b^T: 64 x 16 by 192 x 16, bfloat16. Runs on after its issue, until a wait.
-template <bool ACROSS>
+template <bool A_ACROSS, bool B_ACROSS>
 __device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" KLQ_D96
-      "}, %96, %97, add, 1, 1, %99, %99;\n}"
+      "}, %96, %97, add, 1, 1, %99, %100;\n}"
       : KLQ_F96
-      : "l"(a), "l"(b), "r"(int(add)), "n"(int(ACROSS)));
+      : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
 }
 
 #undef KLQ_F96

@@ -53,6 +53,12 @@ def linear_rows_(hidden, weight, bias, actions, mask, t, cap, entropy, exponenti
     return rows[0], rows[1], rows[2] if entropy else rows[2].new_empty(0), rows[3]
 
 
+def linear_hidden_(out, dlogits, weight, scale):
+    for x in (out, dlogits, weight):
+        assert x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.data_ptr() % 16 == 0
+    out.copy_((dlogits.float() @ weight.float()) * scale[:, None])
+
+
 def linear_weight_(out, dlogits, hidden, add):
     assert out.dtype == torch.float32 and dlogits.dtype == hidden.dtype == torch.bfloat16
     for x in (dlogits, hidden):
@@ -96,6 +102,8 @@ def stand_in():
     ):
         patch.setattr(head, "is_hopper", lambda device: True)
         patch.setattr(head, "product", product)
-        for function in (linear_rows_, linear_weight_, linear_chosen_, klq_loss_tokens):
+        patch.setattr(head, "own_hidden", lambda rows, width, device: rows % 2 == 0)
+        ops = linear_rows_, linear_hidden_, linear_weight_, linear_chosen_, klq_loss_tokens
+        for function in ops:
             library.impl(function.__name__, function, "CPU")
         yield

@@ -162,7 +162,8 @@ def test_the_interpreter_runs_only_when_asked():
     assert all("cpu" not in row["triton"] for row in TABLE.values())
 
 
-HOPPER_ONLY = {"linear_rows_", "linear_weight_", "linear_chosen_", "klq_loss_tokens"}
+HOPPER_ONLY = {"linear_rows_", "linear_hidden_", "linear_weight_", "linear_chosen_"}
+HOPPER_ONLY |= {"klq_loss_tokens"}
 
 
 def test_twins_have_the_schemas_of_the_operators():

@@ -185,6 +185,7 @@ def test_opcheck():
     calls = [
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, True, None)),
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, False, e)),
+        (ops.linear_hidden_.default, (h.clone(), e, w, x)),
         (ops.linear_weight_.default, (torch.randn(104, 64, device=DEVICE), e, h, True)),
         (ops.linear_chosen_.default, (torch.randn(104, 64, device=DEVICE), h, a, a.int(), x, x)),
         (ops.klq_loss_tokens.default, (x, x + 1, x, x, 0.3, a > 3, None, x.sum())),
@@ -218,6 +219,24 @@ def test_weight_gradient(shape):
         want = made + out.double() if add else made
         assert (got.double() - want).abs().max() <= most
         assert same_bits(weight_gradient(e, h, out, add), got)
+
+
+@shapes
+def test_hidden_gradient(shape):
+    """scale (dlogits weight), rounded once, and nothing beside it."""
+    n, d, v = shape
+    e, w = draw(n + 1, head.pitch(v) + 8)[:n, :v], draw(v + 1, d + 8)[:v, :d]
+    scale = torch.randn(n, device=DEVICE)
+    made = (e.double() @ w.double()) * scale.double()[:, None]
+    most = (v**0.5 * 2**-14 + v * 2**-20) * scale.abs()[:, None]
+    outs = []
+    for _ in range(2):
+        whole = torch.full((n + 1, d + 8), 777.0, dtype=e.dtype, device=DEVICE)
+        torch.ops.klq.linear_hidden_(whole[:n, :d], e, w, scale)
+        assert (whole[n] == 777).all() and (whole[:, d:] == 777).all()
+        outs.append(whole[:n, :d])
+    assert ((outs[0].double() - made).abs() <= most + made.abs() * 2**-8).all()
+    assert same_bits(*outs)
 
 
 @small

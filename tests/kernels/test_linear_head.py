@@ -45,8 +45,9 @@ def draw(*shape, seed=0, device="cpu", dtype=torch.float32):
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 129, 1000, 16384])
 @pytest.mark.parametrize("fit", [1, 3, 100, 128, 300, 5000, 20000])
 @pytest.mark.parametrize("first", [0, 7])
-def test_chunks_cover_every_row_once_within_the_bound(rows, fit, first):
-    parts = list(chunks(first, first + rows, 10, fit * 10 + 9))
+@pytest.mark.parametrize("tile", [128, 256])
+def test_chunks_cover_every_row_once_within_the_bound(rows, fit, first, tile):
+    parts = list(chunks(first, first + rows, 10, fit * 10 + 9, tile))
     assert [i for p in parts for i in range(p.start, p.stop)] == list(range(first, first + rows))
     sizes = [p.stop - p.start for p in parts]
     assert all(0 < n <= fit for n in sizes) and sizes == sorted(sizes, reverse=True)
