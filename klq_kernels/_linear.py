@@ -95,35 +95,35 @@ class Rows(NamedTuple):
     """The tokens that meet the head: all of them, or `num_active` compacted ones."""
 
     index: Tensor | None  # [n] positions, N where a slot is spare; None = all, in order
+    source: Tensor | None  # [n] the same, but a row there is
     mask: Tensor | None  # [n] active slots
-    too_few: Tensor | None  # 0-d bool: `num_active` was smaller than the number of active tokens
+    bad: (
+        Tensor | None
+    )  # 0-d: NaN if `num_active` was smaller than the number of active tokens, or 0
 
     def take(self, x: Tensor | None) -> Tensor | None:
         """The rows of `x` [N, ...] that meet the head; spare slots repeat the last row."""
-        if x is None or self.index is None:
-            return x
-        return x.index_select(0, self.index.clamp(max=x.shape[0] - 1))
+        return x if x is None or self.source is None else x.index_select(0, self.source)
 
     def put(self, x: Tensor, tokens: int) -> Tensor:
-        """The inverse of `take`: [N, ...], 0 where no row was taken (NaN if `too_few`)."""
+        """The inverse of `take`: [N, ...], 0 where no row was taken (NaN if too few were)."""
         if self.index is None:
             return x
-        rest = self.poison(x.new_zeros(()))
-        out = rest.expand(tokens + 1, *x.shape[1:]).contiguous()
+        out = x.new_empty((tokens + 1, *x.shape[1:])).copy_(self.bad)
         return out.index_copy_(0, self.index, x)[:tokens]
 
     def poison(self, x: Tensor) -> Tensor:
         """NaN when `num_active` was too small: never a partial result."""
-        return x if self.too_few is None else torch.where(self.too_few, torch.nan, x)
+        return x if self.bad is None else x + self.bad
 
 
 def compact(mask: Tensor | None, tokens: int, num_active: int | None, device) -> Rows:
     """Positions of the active tokens without a synchronisation, when their number is given."""
     if num_active is None or tokens == 0:
-        return Rows(None, mask, None)
+        return Rows(None, None, mask, None)
     if mask is None:
         few = num_active < tokens
-        return Rows(None, None, torch.ones((), dtype=torch.bool, device=device) if few else None)
-    count = mask.sum()
+        return Rows(None, None, None, torch.full((), torch.nan, device=device) if few else None)
     index = torch.nonzero_static(mask, size=num_active, fill_value=tokens).squeeze(-1)
-    return Rows(index, index < tokens, count > num_active)
+    bad = torch.where(mask.sum() > num_active, torch.nan, 0.0)
+    return Rows(index, index.clamp(max=tokens - 1), index < tokens, bad)

@@ -141,11 +141,12 @@ class Head:
         backend: str | None = None,  # None: row kernels must see the logits
     ):
         self.tokens, self.rows = hidden.shape[0], rows
-        # if poisoned, it makes NaN of every logit and of dW, which is too large to be passed over
-        self.hidden, self.weight, self.bias = rows.poison(rows.take(hidden)), weight, bias
+        self.hidden, self.weight, self.bias = rows.take(hidden), weight, bias
         self.ours = backend is not None and ours(backend, hidden, weight)
-        if self.ours:
+        if self.ours:  # a row's factor, if poisoned, makes NaN of all its gradients
             self.hidden, self.weight = copyable(self.hidden), copyable(weight)
+        else:  # and here every logit, and dW, which is too large to be passed over
+            self.hidden = rows.poison(self.hidden)
         self.count = self.hidden.shape[0]
         # of what a chunk is stored as: in place of logits, exponentials of 16 bits
         self.dtype = hidden.dtype if self.ours else logits_dtype or hidden.dtype
@@ -210,20 +211,33 @@ class Head:
         """Chunks of kept exponentials for the backward: their scaled hidden states need room."""
         return chunks(0, end, self.weight.shape[1] * self.hidden.itemsize, SUM_BYTES, OWN_TILE)
 
-    def sums(self, part: slice, actions: Tensor, t: float, cap: float, entropy: bool = False):
-        """(log-probs, factors, entropy or an empty tensor) of a chunk, from float32 logits."""
-        h, use = self.hidden[part], self.mask(part)  # a row of NaN stays in its row
-        linear_rows_ = operator("cuda", "linear_rows_")
-        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, entropy, None)[:3]
-
-    def exponentials(self, part: slice, actions: Tensor, t: float, cap: float, out: Tensor):
-        """(log-probs, factors, own) of a chunk; `out` times a factor a row is the gradient of the
-        log-probs by the logits, `own` what it is at the action, before it is rounded
+    def sums(
+        self,
+        part: slice,
+        actions: Tensor,
+        t: float,
+        cap: float,
+        entropy: bool = False,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probs, row_stats, entropy or an empty tensor) of a chunk, from logits that are never
+        rounded. With row_stats (factor, own, reference), factor x `out` is the gradient of the
+        log-probs by the logits, and own what `out` is at the action before it is rounded
         (csrc/cuda/linear_rows.h)."""
-        h, use = self.rows_of(part), self.mask(part)
-        linear_rows_ = operator("cuda", "linear_rows_")
-        made = linear_rows_(h, self.weight, self.bias, actions, use, t, cap, False, out)
-        return made[0], made[1], made[3]
+        # without products to come, a row of NaN stays in its row
+        h = self.hidden[part] if out is None else self.rows_of(part)
+        use, linear_rows_ = self.mask(part), operator("cuda", "linear_rows_")
+        return linear_rows_(h, self.weight, self.bias, actions, use, t, cap, entropy, out)
+
+    def dlogits(
+        self, part: slice, actions: Tensor, grad: Tensor, row_stats: Tensor, t: float, cap: float
+    ) -> Tensor:
+        """The gradient of the logits, in the buffer, given that of the log-probs."""
+        factors, own, reference = row_stats
+        head, out = (self.rows_of(part), self.weight, self.bias), self.room(part)
+        linear_dlogits_ = operator("cuda", "linear_dlogits_")
+        linear_dlogits_(out, *head, actions, grad * factors, own, reference, t, cap)
+        return out
 
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for what needs float32 copies of the operands."""
@@ -256,7 +270,9 @@ class Head:
         if self.need_hidden:
             if first:
                 self.dhidden = dlogits.new_empty(self.hidden.shape)
-            if wide:
+            if self.ours:
+                self.hidden_product(part, dlogits)
+            elif wide:
                 dh = self.dhidden[part].zero_()
                 for s in self.slices():
                     dh.addmm_(dlogits[:, s], w[s].float())
@@ -270,27 +286,34 @@ class Head:
                 # the one chunk's product is rounded once, as if it had been summed in float32
                 alone = half and not wide and h.is_cuda and part.stop == self.count
                 self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
-            if wide or (half and not h.is_cuda):
+            if self.ours:
+                operator("cuda", "linear_weight_")(self.dweight, dlogits, h, not first, None, None)
+            elif wide or (half and not h.is_cuda):
                 h = h.float()
                 for s in self.slices():
                     product(dlogits[:, s].T.float(), h, self.dweight[s], not first)
             else:
                 product(dlogits.T, h, self.dweight, not first)
 
+    def hidden_product(self, part: slice, x: Tensor, scale: Tensor | None = None) -> None:
+        """dH of a chunk: x @ weight, or scale x that."""
+        if own_hidden(len(x), self.weight.shape[1], x.device):
+            operator("cuda", "linear_hidden_")(self.dhidden[part], x, self.weight, scale)
+        else:
+            wide = None if scale is None else scale.unsqueeze(-1)
+            self.times_weight(x, self.dhidden[part], wide)
+
     def backward_scaled(
         self, part: slice, e: Tensor, scale: Tensor, own: Tensor, actions: Tensor
     ) -> None:
         """Adds the gradients of dlogits = scale x e. dW takes the scale to the hidden states, one
-        rounding more than a stored gradient has: `gradients` mends it where it shows, in the rows
-        of the actions."""
+        rounding more than a stored gradient has, which is mended where it shows: in the rows of the
+        actions (csrc/cuda/linear_weight.h)."""
         w, first = self.weight, part.start == 0
         if self.need_hidden:
             if self.dhidden is None:
                 self.dhidden = torch.empty_like(self.hidden)
-            if own_hidden(len(e), w.shape[1], w.device):
-                operator("cuda", "linear_hidden_")(self.dhidden[part], e, w, scale)
-            else:
-                self.times_weight(e, self.dhidden[part], scale.unsqueeze(-1))
+            self.hidden_product(part, e, scale)
         if self.need_bias:
             # a column sum as a product that reads e once: the scale in three 16-bit pieces
             pieces, left = [], scale
@@ -301,29 +324,41 @@ class Head:
             db = e.new_empty((len(w), 8), dtype=torch.float32)
             product(e.T, torch.stack([*pieces, *[zero] * 5], 1), db)
             self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
-        if self.need_weight:
-            if first:
-                self.dweight = w.new_empty(w.shape, dtype=torch.float32)
-            h = self.rows_of(part)
-            scaled = torch.empty_like(h)
-            torch.mul(h, scale.unsqueeze(-1), out=scaled)
-            operator("cuda", "linear_weight_")(self.dweight, e, scaled, not first)
-            self.chosen.append((actions, scale, own))
+        if not self.need_weight:
+            return
+        self.chosen.append((actions, scale, own))
+        h = self.rows_of(part)
+        scaled = torch.empty_like(h)
+        torch.mul(h, scale.unsqueeze(-1), out=scaled)
+        linear_weight_ = operator("cuda", "linear_weight_")
+        if first and part.stop == self.count and self.count <= len(w) // 4:
+            # one chunk: its sum needs no float32 memory, only what is missing in it does
+            slots = torch.full((len(w),), -1, dtype=torch.int32, device=w.device)
+            extra = w.new_empty(h.shape, dtype=torch.float32)
+            self.add_chosen(extra, slots)
+            self.dweight = torch.empty_like(w, memory_format=torch.contiguous_format)
+            linear_weight_(self.dweight, e, scaled, False, slots, extra)
+            return
+        if first:
+            self.dweight = w.new_empty(w.shape, dtype=torch.float32)
+        linear_weight_(self.dweight, e, scaled, not first, None, None)
+        if part.stop == self.count:
+            self.add_chosen(self.dweight)
 
-    def add_chosen(self) -> None:
-        """What dW lacks in the rows of the actions (csrc/cuda/linear_weight.h)."""
-        actions, scale, own = (torch.cat(x) for x in zip(*self.chosen, strict=True))
-        self.chosen = []
-        ids, order = actions.clamp(0, len(self.weight) - 1).int().sort(stable=True)
-        chosen = operator("cuda", "linear_chosen_")
-        chosen(self.dweight, self.hidden, order, ids, scale, own)
+    def add_chosen(self, out: Tensor, slots: Tensor | None = None) -> None:
+        """Of all chunks, into the sum or, with slots, for the rows that these name."""
+        one = len(self.chosen) == 1
+        actions, scale, own = (
+            self.chosen[0] if one else map(torch.cat, zip(*self.chosen, strict=True))
+        )
+        ids, order = actions.sort(stable=True)
+        linear_chosen_ = operator("cuda", "linear_chosen_")
+        linear_chosen_(out, self.hidden, order, ids, scale, own, slots)
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
         and bias, or with `keep_wide` in those they were made in."""
         self.buffer = None
-        if self.chosen:
-            self.add_chosen()
         out = []
         needs = self.need_hidden, self.need_weight, self.need_bias
         like = self.hidden, self.weight, self.bias
@@ -345,11 +380,14 @@ class Head:
 
 
 @torch.library.register_fake("klq::linear_rows_")
-def _(hidden, weight, bias, actions, mask, t, cap, entropy, exponentials):
+def _(hidden, weight, bias, actions, mask, t, cap, entropy, out):
     rows = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    moments = rows.new_empty(rows.shape if entropy else (0,))
-    own = rows.new_empty((0,) if exponentials is None else rows.shape)
-    return rows, torch.empty_like(rows), moments, own
+    return rows, rows.new_empty((3, *rows.shape)), rows.new_empty(rows.shape if entropy else (0,))
+
+
+@torch.library.register_fake("klq::linear_dlogits_")
+def _(out, hidden, weight, bias, actions, scale, own, reference, t, cap):
+    return None
 
 
 @torch.library.register_fake("klq::linear_hidden_")
@@ -358,12 +396,12 @@ def _(out, dlogits, weight, scale):
 
 
 @torch.library.register_fake("klq::linear_weight_")
-def _(out, dlogits, hidden, add):
+def _(out, dlogits, hidden, add, slots, extra):
     return None
 
 
 @torch.library.register_fake("klq::linear_chosen_")
-def _(out, hidden, order, actions, scale, own):
+def _(out, hidden, order, actions, scale, own, slots):
     return None
 
 

@@ -6,7 +6,7 @@
 namespace klq::cuda {
 namespace {
 
-void linear_hidden_(Tensor out, Tensor dlogits, Tensor weight, Tensor scale) {
+void linear_hidden_(Tensor out, Tensor dlogits, Tensor weight, MaybeTensor scale) {
   const char* op = "linear_hidden_";
   const OnDeviceOf guard(op, "dlogits", dlogits);
   check_matrix(op, "dlogits", dlogits, dlogits);

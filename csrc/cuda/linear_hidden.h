@@ -10,7 +10,7 @@ namespace klq::cuda {
 // pointers aligned to them, out's to 4.
 struct HiddenArgs {
   const void *dlogits, *weight;
-  const float* scale;  // [rows]
+  const float* scale;  // [rows], or null: 1
   int64_t rows, columns, depth;
   int64_t dlogits_stride, weight_stride, stride;  // elements from row to row; stride: of out
   void* out;

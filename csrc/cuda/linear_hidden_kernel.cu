@@ -9,16 +9,9 @@ namespace {
 
 using Tile = Tiling<2, 192, 5, 2, true, false>;
 
-// of 8 x 8 elements, a pair of a row a lane
-[[maybe_unused]] __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
-  return y;
-}
-
 struct ScaledRows {
   bf16* out;
-  const float* scale;
+  const float* scale;  // null: 1
   int64_t stride;
   int rows, depth;  // of out
 
@@ -31,7 +24,8 @@ struct ScaledRows {
 #pragma unroll
     for (int j = 0; j < N / 4; ++j, to += 8 * stride) {
       const int token = 8 * j + pair;
-      const float x = token < end ? s[token] : 0.0f, y = token + 1 < end ? s[token + 1] : 0.0f;
+      float x = 1.0f, y = 1.0f;
+      if (scale) x = token < end ? s[token] : 0.0f, y = token + 1 < end ? s[token + 1] : 0.0f;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float scaled[2] = {c[4 * j + 2 * h] * x, c[4 * j + 2 * h + 1] * y};

@@ -50,36 +50,38 @@ struct Scratch {
   float2* pairs;     // [tiles, rows]: max, and sum of 2^exponent without the chosen token
   float* plain;      // [tiles, rows]: sum of 2^exponent times the exponent; null: not wanted
   float* chosen;     // [rows]: y of the action; written only where it is one of the columns
-  float* reference;  // [rows]: y from which the row's exponents are reckoned; inactive: infinity
   int* again;        // whether some reference was too far off
+  float* reference;  // [rows]: y from which the row's exponents are reckoned; inactive: infinity
 
   static int64_t floats(int64_t rows, int64_t tiles, bool entropy) {
-    return rows * ((2 + entropy) * tiles + 2) + 1;
+    return rows * ((2 + entropy) * tiles + 1) + 1;
   }
   Scratch() = default;
-  Scratch(float* from, int64_t rows, int64_t tiles, bool entropy)
+  Scratch(float* from, float* reference, int64_t rows, int64_t tiles, bool entropy)
       : pairs(reinterpret_cast<float2*>(from)),
         plain(entropy ? from + 2 * rows * tiles : nullptr),
         chosen(from + (2 + entropy) * rows * tiles),
-        reference(chosen + rows),
-        again(reinterpret_cast<int*>(reference + rows)) {}
+        again(reinterpret_cast<int*>(chosen + rows)),
+        reference(reference) {}
 };
 
-enum class Wanted { sums, moments, exponentials };
+enum class Wanted { sums, moments, exponentials, dlogits };
 
 template <class T, bool CAPPED, Wanted WANTED>
 struct RowTiles {
-  static constexpr bool kStores = WANTED == Wanted::exponentials;
+  static constexpr bool kGiven = WANTED == Wanted::dlogits;  // references; no sums are wanted
+  static constexpr bool kStores = WANTED == Wanted::exponentials || kGiven;
 
   RowsOut<T> out;
   Scratch to;
+  const float *times, *own;  // [rows], of dlogits
   const T* bias;
   const int64_t* actions;
   int rows, columns;
   Scale scale;
   bool only_again;
 
-  __device__ __forceinline__ bool wanted() const { return !only_again || *to.again; }
+  __device__ __forceinline__ bool wanted() const { return kGiven || !only_again || *to.again; }
 
   template <int N>
   __device__ __forceinline__ void finish(float (&c)[N], int row, int column, uint32_t staging,
@@ -102,7 +104,7 @@ struct RowTiles {
       each(c, [&](float& y, int, int at) { y = at < end ? y : -infinity(); });
     }
     float top[2] = {-infinity(), -infinity()}, sum[2] = {}, plain[2] = {}, point[2];
-    each(c, [&](float& y, int h, int) { top[h] = fmaxf(top[h], y); });
+    if (!kGiven) each(c, [&](float& y, int h, int) { top[h] = fmaxf(top[h], y); });
     settle(c);  // nothing that replaces a logit begins before all have been looked at: registers
     int action[2];  // counts from the thread's first column, as in `each`
     bool here = false, far = false;
@@ -115,7 +117,8 @@ struct RowTiles {
       point[h] = scale.point(from[h]);
       far |= scale.huge(from[h]);
     }
-    if (__any_sync(~0u, here)) {  // rare: one of a row's tiles
+    here = __any_sync(~0u, here);  // rare: one of a row's tiles
+    if (!kGiven && here) {
       float chosen[2] = {};
       each(c, [&](float& y, int h, int at) {
         chosen[h] = at == action[h] ? y : chosen[h];
@@ -147,17 +150,30 @@ struct RowTiles {
         if (WANTED == Wanted::moments) plain[h] = fmaf(y, fmaxf(t, -16384.0f), plain[h]);
       });
     }
-    // sums before the copies out, which take registers of their own
+    if constexpr (kGiven) {
+      float by[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum[h] = over_quad(sum[h]), top[h] = top_of_quad(top[h]);
-      if (WANTED == Wanted::moments) plain[h] = over_quad(plain[h]);
-    }
-    const int r = first + 8 * quad;  // two of the four lanes write a row each
-    if (quad < 2 && r < rows) {
-      const int64_t at = int64_t(column / kColumns) * rows + r;
-      to.pairs[at] = quad ? make_float2(top[1], sum[1]) : make_float2(top[0], sum[0]);
-      if (WANTED == Wanted::moments) to.plain[at] = quad ? plain[1] : plain[0];
+      for (int h = 0; h < 2; ++h) by[h] = first + 8 * h < rows ? times[first + 8 * h] : 0.0f;
+      each(c, [&](float& y, int h, int) { y *= by[h]; });
+      if (here) {
+        float mine[2] = {};
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (action[h] >= 0) mine[h] = by[h] * own[first + 8 * h];
+        each(c, [&](float& y, int h, int at) { y = at == action[h] ? mine[h] : y; });
+      }
+    } else {  // sums before the copies out, which take registers of their own
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] = over_quad(sum[h]), top[h] = top_of_quad(top[h]);
+        if (WANTED == Wanted::moments) plain[h] = over_quad(plain[h]);
+      }
+      const int r = first + 8 * quad;  // two of the four lanes write a row each
+      if (quad < 2 && r < rows) {
+        const int64_t at = int64_t(column / kColumns) * rows + r;
+        to.pairs[at] = quad ? make_float2(top[1], sum[1]) : make_float2(top[0], sum[0]);
+        if (WANTED == Wanted::moments) to.plain[at] = quad ? plain[1] : plain[0];
+      }
     }
     if constexpr (kStores) out.put(c, row, column, staging, lane);
   }
@@ -251,15 +267,14 @@ __global__ void __launch_bounds__(32 * kMergers) check_references_kernel(const R
 
 template <class T>
 __global__ void __launch_bounds__(32 * kMergers)
-    finish_rows_kernel(const RowArgs a, T* out, int64_t stride, float* logprobs, float* factors,
-                       float* entropy, float* own) {
+    finish_rows_kernel(const RowArgs a, T* out, int64_t stride, float* logprobs, float* entropy,
+                       float* factors, float* own) {
   const int row = int(blockIdx.x) * 32 + int(threadIdx.x) % 32;
   const Merged m = merged(a, row);
   if (threadIdx.x >= 32 || row >= a.rows) return;
   if (!a.active(row)) {
-    logprobs[row] = factors[row] = 0.0f;
+    logprobs[row] = factors[row] = own[row] = 0.0f;
     if (entropy) entropy[row] = 0.0f;
-    if (out) own[row] = 0.0f;
     return;
   }
   const bool known = a.known(row), cap = a.scale.softcap > 0.0f;
@@ -274,37 +289,43 @@ __global__ void __launch_bounds__(32 * kMergers)
     moments(sums, sum, sum, a.scale, entropy + row, nullptr);
     if (!finite) entropy[row] = not_a_number();
   }
-  if (!out) return;
   double x = -double(sum.raw_sum) * sum.other;
   if (cap) {
     const double t = double(chosen) / double(a.scale.softcap);
     x *= (1.0 - t * t) / a.scale.temperature;
   }
   own[row] = chosen == -infinity() ? 0.0f : float(x);  // also of an unknown action
-  if (known) Vec<T>::put(out + row * stride + a.actions[row], own[row]);
+  if (known && out) Vec<T>::put(out + row * stride + a.actions[row], own[row]);
+}
+
+template <class T, class Tiles>
+cudaError_t prepare(const Head& head, Tiles* tiles, Matrix* a, Matrix* b) {
+  tiles->bias = static_cast<const T*>(head.bias), tiles->actions = head.actions;
+  tiles->rows = int(head.rows), tiles->columns = int(head.columns);
+  tiles->scale = Scale(head.scaling);
+  *a = {head.hidden, Vec<T>::kType, head.rows, head.depth, head.hidden_stride};
+  *b = {head.weight, Vec<T>::kType, head.columns, head.depth, head.weight_stride};
+  if (!Tiles::kStores) return cudaSuccess;
+  return tiles->out.encode({head.out, Vec<T>::kType, head.rows, head.columns, head.stride});
 }
 
 template <class T, bool CAPPED, Wanted WANTED>
-cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
+cudaError_t run(const LinearRows& args, cudaStream_t stream) {
   constexpr bool kMoments = WANTED == Wanted::moments;
-  const int64_t tiles = (args.columns + Tile::kCols - 1) / Tile::kCols;
-  const Scratch scratch(args.scratch, args.rows, tiles, kMoments);
-  const RowArgs rows{scratch,           args.actions, args.mask,          int(args.rows),
-                     int(args.columns), int(tiles),   Scale(args.scaling)};
-  auto hidden = static_cast<const T*>(args.hidden), weight = static_cast<const T*>(args.weight);
-  auto bias = static_cast<const T*>(args.bias);
+  const Head& head = args.head;
+  const int64_t tiles = (head.columns + Tile::kCols - 1) / Tile::kCols;
+  float *factors = args.row_stats, *own = factors + head.rows;
+  const Scratch scratch(args.scratch, own + head.rows, head.rows, tiles, kMoments);
+  const RowArgs rows{scratch,           head.actions, args.mask,          int(head.rows),
+                     int(head.columns), int(tiles),   Scale(head.scaling)};
   RowTiles<T, CAPPED, WANTED> store{};
-  store.to = scratch, store.bias = bias, store.actions = args.actions;
-  store.rows = rows.rows, store.columns = rows.columns, store.scale = rows.scale;
-  if (store.kStores) {
-    const Matrix out{args.exponentials, Vec<T>::kType, args.rows, args.columns, args.stride};
-    if (cudaError_t e = store.out.encode(out)) return e;
-  }
-  const Matrix a{args.hidden, Vec<T>::kType, args.rows, args.depth, args.hidden_stride};
-  const Matrix b{args.weight, Vec<T>::kType, args.columns, args.depth, args.weight_stride};
-  const unsigned blocks = unsigned((args.rows + 31) / 32);
-  reference_kernel<T><<<unsigned((args.rows + 7) / 8), 256, 0, stream>>>(
-      rows, hidden, args.hidden_stride, weight, args.weight_stride, bias, int(args.depth));
+  Matrix a, b;
+  if (cudaError_t e = prepare<T>(head, &store, &a, &b)) return e;
+  store.to = scratch;
+  const unsigned blocks = unsigned((head.rows + 31) / 32);
+  reference_kernel<T><<<unsigned((head.rows + 7) / 8), 256, 0, stream>>>(
+      rows, static_cast<const T*>(head.hidden), head.hidden_stride,
+      static_cast<const T*>(head.weight), head.weight_stride, store.bias, int(head.depth));
   if (cudaError_t e = cudaGetLastError()) return e;
   if (cudaError_t e = launch_gemm<Tile>(a, b, store, stream)) return e;
   check_references_kernel<<<blocks, 32 * kMergers, 0, stream>>>(rows);
@@ -312,15 +333,29 @@ cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
   store.only_again = true;
   if (cudaError_t e = launch_gemm<Tile>(a, b, store, stream)) return e;
   finish_rows_kernel<T><<<blocks, 32 * kMergers, 0, stream>>>(
-      rows, static_cast<T*>(args.exponentials), args.stride, args.logprobs, args.factors,
-      kMoments ? args.entropy : nullptr, args.own);
+      rows, static_cast<T*>(head.out), head.stride, args.logprobs, args.entropy, factors, own);
   return cudaGetLastError();
 }
 
+template <class T, bool CAPPED>
+cudaError_t run(const LinearDlogits& args, cudaStream_t stream) {
+  RowTiles<T, CAPPED, Wanted::dlogits> store{};
+  Matrix a, b;
+  if (cudaError_t e = prepare<T>(args.head, &store, &a, &b)) return e;
+  store.to.reference = const_cast<float*>(args.reference);
+  store.times = args.scale, store.own = args.own;
+  return launch_gemm<Tile>(a, b, store, stream);
+}
+
 template <Wanted WANTED>
-cudaError_t run(const LinearArgs& args, cudaStream_t stream) {
-  return args.scaling.softcap > 0 ? run<bf16, true, WANTED>(args, stream)
-                                  : run<bf16, false, WANTED>(args, stream);
+cudaError_t run(const LinearRows& args, cudaStream_t stream) {
+  return args.head.scaling.softcap > 0 ? run<bf16, true, WANTED>(args, stream)
+                                       : run<bf16, false, WANTED>(args, stream);
+}
+
+bool too_large(const Head& head) {
+  constexpr int64_t kLimit = (int64_t(1) << 31) - 4096;
+  return head.rows >= kLimit || head.columns >= kLimit || head.depth >= kLimit;
 }
 
 }  // namespace
@@ -329,13 +364,18 @@ int64_t linear_rows_scratch(int64_t rows, int64_t columns, bool entropy) {
   return Scratch::floats(rows, (columns + Tile::kCols - 1) / Tile::kCols, entropy);
 }
 
-cudaError_t linear_rows(const LinearArgs& args, cudaStream_t stream) {
-  if (args.rows == 0) return cudaSuccess;
-  constexpr int64_t kLimit = (int64_t(1) << 31) - 4096;
-  if (args.rows >= kLimit || args.columns >= kLimit || args.depth >= kLimit)
-    return cudaErrorInvalidValue;
-  if (args.exponentials) return run<Wanted::exponentials>(args, stream);
+cudaError_t linear_rows(const LinearRows& args, cudaStream_t stream) {
+  if (args.head.rows == 0) return cudaSuccess;
+  if (too_large(args.head)) return cudaErrorInvalidValue;
+  if (args.head.out) return run<Wanted::exponentials>(args, stream);
   return args.entropy ? run<Wanted::moments>(args, stream) : run<Wanted::sums>(args, stream);
+}
+
+cudaError_t linear_dlogits(const LinearDlogits& args, cudaStream_t stream) {
+  if (args.head.rows == 0) return cudaSuccess;
+  if (too_large(args.head)) return cudaErrorInvalidValue;
+  return args.head.scaling.softcap > 0 ? run<bf16, true>(args, stream)
+                                       : run<bf16, false>(args, stream);
 }
 
 }  // namespace klq::cuda

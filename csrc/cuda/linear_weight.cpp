@@ -6,47 +6,67 @@
 namespace klq::cuda {
 namespace {
 
-void check_sum(const char* op, const Tensor& out, const Tensor& hidden) {
-  KLQ_CHECK(op, out.is_cuda() && out.get_device_index() == hidden.get_device_index(),
-            "out must be on the device of hidden");
-  KLQ_CHECK(op, out.dim() == 2 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
-            "out must be a contiguous float32 matrix");
-  KLQ_CHECK(op, out.size(1) == hidden.size(1) && hidden.size(1) % 8 == 0,
-            "out and hidden must be as wide, a multiple of 8");
+void check_rows(const char* op, const char* name, const Tensor& x, const Tensor& hidden) {
+  KLQ_CHECK(op, x.is_cuda() && x.get_device_index() == hidden.get_device_index(), name,
+            " must be on the device of hidden");
+  KLQ_CHECK(op, x.dim() == 2 && x.is_contiguous() && x.size(1) == hidden.size(1), name,
+            " must be a contiguous matrix as wide as hidden");
+  KLQ_CHECK(op, x.size(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name,
+            " must have rows of whole 16 bytes and begin at a multiple of 16 bytes");
 }
 
-void linear_weight_(Tensor out, Tensor dlogits, Tensor hidden, bool add) {
+void linear_weight_(Tensor out, Tensor dlogits, Tensor hidden, bool add, MaybeTensor slots,
+                    MaybeTensor extra) {
   const char* op = "linear_weight_";
   const OnDeviceOf guard(op, "hidden", hidden);
   check_matrix(op, "hidden", hidden, hidden);
   check_matrix(op, "dlogits", dlogits, hidden);
-  check_sum(op, out, hidden);
+  check_rows(op, "out", out, hidden);
+  const bool wide = out.scalar_type() == ScalarType::Float;
+  KLQ_CHECK(op, wide || out.scalar_type() == ScalarType::BFloat16,
+            "out must be float32 or bfloat16");
   KLQ_CHECK(op, dlogits.size(0) == hidden.size(0) && dlogits.size(1) == out.size(0),
             "dlogits must be [rows of hidden, rows of out]");
+  KLQ_CHECK(op, !wide || !slots, "slots are for a bfloat16 out");
+  KLQ_CHECK(op, wide || !add, "only a float32 out is added to");
+  KLQ_CHECK(op, bool(slots) == bool(extra), "slots and extra go together");
+  const Array<int32_t> places(op, "slots", slots, ScalarType::Int, hidden, out.size(0));
+  if (extra) {
+    check_rows(op, "extra", *extra, hidden);
+    KLQ_CHECK(op, extra->scalar_type() == ScalarType::Float, "extra must be float32");
+  }
   WeightArgs args{};
   args.dlogits = dlogits.data_ptr(), args.hidden = hidden.data_ptr();
   args.rows = hidden.size(0), args.columns = out.size(0), args.depth = out.size(1);
   args.dlogits_stride = dlogits.stride(0), args.hidden_stride = hidden.stride(0);
-  args.stride = out.size(1), args.out = floats(out), args.add = add;
+  args.type = wide ? Type::f32 : Type::bf16, args.out = out.data_ptr(), args.add = add;
+  args.slots = places.data, args.extra = extra ? floats(*extra) : nullptr;
   STD_CUDA_CHECK(linear_weight(args, current_stream(hidden)));
 }
 
 void linear_chosen_(Tensor out, Tensor hidden, Tensor order, Tensor actions, Tensor scale,
-                    Tensor own) {
+                    Tensor own, MaybeTensor slots) {
   const char* op = "linear_chosen_";
   const OnDeviceOf guard(op, "hidden", hidden);
   check_matrix(op, "hidden", hidden, hidden);
-  check_sum(op, out, hidden);
+  check_rows(op, "out", out, hidden);
+  KLQ_CHECK(op, out.scalar_type() == ScalarType::Float, "out must be float32");
   const int64_t n = hidden.size(0);
   const Array<int64_t> rows(op, "order", order, ScalarType::Long, hidden, n);
-  const Array<int32_t> ids(op, "actions", actions, ScalarType::Int, hidden, n);
+  const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, hidden, n);
   const Array<float> factors(op, "scale", scale, ScalarType::Float, hidden, n);
   const Array<float> owns(op, "own", own, ScalarType::Float, hidden, n);
+  KLQ_CHECK(op,
+            !slots || (slots->is_contiguous() && slots->scalar_type() == ScalarType::Int &&
+                       slots->is_cuda() && out.size(0) == n),
+            "slots must be contiguous and int32, and out as long as hidden");
   ChosenArgs args{};
   args.hidden = hidden.data_ptr(), args.order = rows.data, args.actions = ids.data;
   args.scale = factors.data, args.own = owns.data;
-  args.rows = n, args.depth = out.size(1);
-  args.hidden_stride = hidden.stride(0), args.stride = out.size(1), args.out = floats(out);
+  args.rows = n, args.columns = (slots ? *slots : out).size(0);
+  args.depth = out.size(1), args.hidden_stride = hidden.stride(0);
+  args.out = floats(out);
+  args.slots = slots ? static_cast<int32_t*>(slots->data_ptr()) : nullptr;
   STD_CUDA_CHECK(linear_chosen(args, current_stream(hidden)));
 }
 

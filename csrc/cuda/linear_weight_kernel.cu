@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// dW of the LM head: both operands lie across, so tiles of its transpose go straight from registers
-// into the float32 sum, 32 bytes of 4 rows a warp at a time, under the other warpgroup's products.
-// The transpose, since the width of a model divides by a cluster's 256 rows and a vocabulary is too
-// large to lose by tiles of 192.
+// dW of the LM head: both operands lie across. Tiles are of its transpose, since the width of a
+// model divides by a cluster's 256 rows and a vocabulary is too large to lose by tiles of 192. They
+// go from registers through shared memory to the copy engine, which adds them into the float32 sum
+// under the other warpgroup's products.
+//
+// Measured and dropped (H200, 2026-11-26; 1536 x 2048 x 151936, ms; 1.34 without an epilogue, 1.41
+// this one): `red` from registers 1.44, with a hint that what it touches may leave L2 1.45, loads
+// and stores 2.72; the library's product 1.68.
 #include "cuda/gemm.cuh"
 #include "cuda/linear_weight.h"
 
@@ -13,46 +17,91 @@ using Tile = Tiling<2, 192, 5, 2, true, true>;
 
 template <bool ADD>
 struct IntoSum {
-  float* out;
-  int64_t stride;
+  CUtensorMap map;  // of out, in boxes of 32 rows of 64 bytes
   int depth, columns;
 
-  template <int N>
-  __device__ __forceinline__ void finish(const float (&c)[N], int row, int column, uint32_t,
-                                         int lane) const {
-    const int d = row + lane / 4, v = column + 2 * (lane % 4);
-    float* to = out + v * stride + d;
-    if (row + 16 <= depth && column + 2 * N <= columns)
-      each(c, to, [](int, int) { return true; });
-    else
-      each(c, to, [&](int h, int at) { return d + 8 * h < depth && v + at < columns; });
-  }
+  static constexpr int kPiece = 32;  // columns of the tile, rows of out
 
-  template <int N, class Inside>
-  __device__ __forceinline__ void each(const float (&c)[N], float* to, Inside inside) const {
+  template <int N>
+  __device__ __forceinline__ void finish(const float (&c)[N], int row, int column, uint32_t staging,
+                                         int lane) const {
+    if (row >= depth) return;
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j, to += 8 * stride)
+    for (int piece = 0; piece < 2 * N / kPiece; ++piece) {
+      const int from = column + kPiece * piece;
+      if (from >= columns) break;
+      if (lane == 0) stores_read();  // the piece before has left the buffer
+      __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (!inside(h, 8 * j + i)) continue;
-          float* at = to + i * stride + 8 * h;
-          const float x = c[4 * j + 2 * h + i];
-          if constexpr (ADD)
-            asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(x));
-          else
-            *at = x;
-        }
+      for (int k = 0; k < kPiece / 2; ++k) {
+        const int v = k / 4 * 8 + 2 * (lane % 4) + k % 2, d = lane / 4 + k / 2 % 2 * 8;
+        // the 16-byte units of a row in the copy engine's order: unit u of row v at u ^ v / 2 % 4
+        const uint32_t unit = (d / 4) ^ (lane % 4);
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(staging + v * 64 + unit * 16 + d % 4 * 4),
+                     "f"(c[kPiece / 2 * piece + k])
+                     : "memory");
+      }
+      copies_see_stores();
+      __syncwarp();
+      if (lane == 0) {
+        if (ADD)
+          add_box(map, from, row, staging);
+        else
+          store_box(map, from, row, staging, normal_policy());
+      }
+    }
   }
 };
 
-template <bool ADD>
-cudaError_t run(const WeightArgs& args, cudaStream_t stream) {
+// Rounded, from registers: a warp's 16 by 8 elements lie in 8 rows of out.
+struct Narrowed {
+  bf16* out;
+  int depth, columns;
+  const int32_t* slots;
+  const float* extra;
+
+  template <int N>
+  __device__ __forceinline__ void finish(float (&c)[N], int row, int column, uint32_t,
+                                         int lane) const {
+    const int pair = 2 * (lane % 4), d = row + lane / 4;
+    if (slots) {
+#pragma unroll
+      for (int k = 0; k < N / 2; ++k) {
+        const int v = column + k / 2 * 8 + pair + k % 2;
+        const int slot = v < columns ? slots[v] : -1;
+        if (slot < 0) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (d + 8 * h < depth)
+            c[k / 2 * 4 + k % 2 + 2 * h] += extra[int64_t(slot) * depth + d + 8 * h];
+      }
+    }
+    bf16* to = out + int64_t(column + lane / 4) * depth + row + pair;
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j, to += 8 * int64_t(depth))
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t both = transposed(Vec<bf16>::pack(c + 4 * j + 2 * h));
+        if (column + 8 * j + lane / 4 < columns && row + 8 * h < depth)
+          *reinterpret_cast<uint32_t*>(to + 8 * h) = both;
+      }
+  }
+};
+
+template <class Epilogue>
+cudaError_t run(const WeightArgs& args, const Epilogue& epilogue, cudaStream_t stream) {
   const Matrix a{args.hidden, Type::bf16, args.rows, args.depth, args.hidden_stride};
   const Matrix b{args.dlogits, Type::bf16, args.rows, args.columns, args.dlogits_stride};
-  const IntoSum<ADD> sum{args.out, args.stride, int(args.depth), int(args.columns)};
-  return launch_gemm<Tile>(a, b, sum, stream);
+  return launch_gemm<Tile>(a, b, epilogue, stream);
+}
+
+template <bool ADD>
+cudaError_t run_sum(const WeightArgs& args, cudaStream_t stream) {
+  using Sum = IntoSum<ADD>;
+  Sum sum{{}, int(args.depth), int(args.columns)};
+  const Matrix out{args.out, Type::f32, args.columns, args.depth, args.depth};
+  if (cudaError_t e = map_boxes(&sum.map, out, Sum::kPiece, 16)) return e;
+  return run(args, sum, stream);
 }
 
 constexpr int kThreads = 256, kAhead = 4;
@@ -62,12 +111,14 @@ constexpr int kThreads = 256, kAhead = 4;
 __global__ void __launch_bounds__(kThreads) chosen_kernel(const ChosenArgs a) {
   using V = Vec<bf16>;
   const int64_t first = blockIdx.x;
-  const int action = a.actions[first];
-  if (first > 0 && a.actions[first - 1] == action) return;
+  const int64_t action = a.actions[first];
+  if (action < 0 || action >= a.columns || (first > 0 && a.actions[first - 1] == action)) return;
   const int64_t d = V::kWidth * (int64_t(blockIdx.y) * kThreads + threadIdx.x);
   if (d >= a.depth) return;
-  auto out = reinterpret_cast<float4*>(a.out + action * a.stride + d);
-  const float4 before[2] = {out[0], out[1]};
+  const int64_t at = a.slots ? first : action;
+  auto out = reinterpret_cast<float4*>(a.out + at * a.depth + d);
+  const float4 none{}, before[2] = {a.slots ? none : out[0], a.slots ? none : out[1]};
+  if (a.slots && d == 0) a.slots[action] = int32_t(first);
   float sum[V::kWidth] = {};
   for (int64_t p = first; p < a.rows && a.actions[p] == action; p += kAhead) {
     uint4 packed[kAhead];
@@ -110,7 +161,11 @@ __global__ void __launch_bounds__(kThreads) chosen_kernel(const ChosenArgs a) {
 
 cudaError_t linear_weight(const WeightArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.columns == 0 || args.depth == 0) return cudaSuccess;
-  return args.add ? run<true>(args, stream) : run<false>(args, stream);
+  if (args.type == Type::f32)
+    return args.add ? run_sum<true>(args, stream) : run_sum<false>(args, stream);
+  const Narrowed out{static_cast<bf16*>(args.out), int(args.depth), int(args.columns), args.slots,
+                     args.extra};
+  return run(args, out, stream);
 }
 
 cudaError_t linear_chosen(const ChosenArgs& args, cudaStream_t stream) {

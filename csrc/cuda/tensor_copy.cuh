@@ -10,7 +10,7 @@
 namespace klq::cuda {
 
 // A matrix of rows x columns in global memory, whose rows begin `stride` elements apart, and boxes
-// of box_rows x box_columns that fill 128-byte rows of shared memory, swizzled.
+// of box_rows x box_columns that fill 128-byte rows of shared memory, or 64-byte ones, swizzled.
 struct Matrix {
   const void* data;
   Type type;
@@ -43,7 +43,8 @@ inline cudaError_t map_boxes(CUtensorMap* map, const Matrix& m, int box_rows, in
                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(m.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box_columns * size == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -84,6 +85,16 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, int row, int c
       "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint"
       " [%0, {%1, %2}], [%3], %4;" ::"l"(&map),
       "r"(column), "r"(row), "r"(from), "l"(policy)
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Added to the float32 matrix, in L2.
+__device__ __forceinline__ void add_box(const CUtensorMap& map, int row, int column,
+                                        uint32_t from) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group"
+      " [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(from)
       : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -40,6 +40,13 @@ __device__ __forceinline__ void settle(float (&d)[N]) {
   for (int k = 0; k < N; ++k) asm volatile("" : "+f"(d[k])::"memory");
 }
 
+// Of 8 x 8 16-bit elements, of which a lane holds a pair of row lane / 4 as in a fragment.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
+  return y;
+}
+
 // Where an operand lies in shared memory, in the 128-byte swizzle: 128-byte rows, 64 deep, 8 rows
 // after 8; or ACROSS, as boxes of 8192 bytes, each 64 of its rows side by side and 64 deep, 8 after
 // 8. Adding bytes / 16 moves it.

@@ -226,31 +226,36 @@ def forward(
     head.whole = shard is not None and shard.vocabulary is None
     picked = [rows.take(x) for x in (actions, values, ref_logprobs, returns, weights)]
     picked[0] = tp.local(shard, picked[0])
-    loss, stats = hidden.new_zeros((), dtype=dtype), hidden.new_zeros(4, dtype=dtype)
-    dvalues = hidden.new_empty(head.count, dtype=dtype)
+    made = []  # loss, sums, gradient of values of each chunk
     for part in head.parts():
         use = head.mask(part)
         a, v, ref, g, w = (None if x is None else x[part] for x in picked)
         if head.ours:
             e = head.room(part)
-            logprobs, factors, own = head.exponentials(part, a, t, cap, e)
-            part_loss, part_stats, coefficients, dvalues[part] = operator(
-                backend, "klq_loss_tokens"
-            )(logprobs, v, ref, g, tau, use, w, normalizer)
+            logprobs, (factors, own, _), _ = head.sums(part, a, t, cap, out=e)
+            *results, coefficients, dvalues = operator(backend, "klq_loss_tokens")(
+                logprobs, v, ref, g, tau, use, w, normalizer
+            )
+            made.append((*results, dvalues))
             head.backward_scaled(part, e, coefficients * factors, own, a)
         else:
             logits = head.logits(part)
             if shard is None:
-                part_loss, part_stats, dvalues[part], _ = operator(backend, "klq_loss_")(
+                *results, _ = operator(backend, "klq_loss_")(
                     logits, a, v, ref, g, tau, use, w, normalizer, t, cap
                 )
             else:
                 rest = {"ref_logprobs": ref, "returns": g, "tau": tau, "mask": use, "weights": w}
-                part_loss, part_stats, dvalues[part] = _sharded(
+                results = _sharded(
                     backend, logits, a, v, t, cap, shard, normalizer=normalizer, **rest
                 )
             head.backward(part, logits)
-        loss, stats = loss + part_loss, stats + part_stats
+            made.append(results)
+    if not made:  # no token
+        made = [[hidden.new_zeros(n, dtype=dtype) for n in ((), (4,), (0,))]]
+    losses, stats, dvalues = zip(*made, strict=True)
+    loss, stats = sum(losses[1:], losses[0]), sum(stats[1:], stats[0])
+    dvalues = torch.cat(dvalues) if len(made) > 1 else dvalues[0]
     grads = tp.complete(head.gradients(keep_wide=half), shard)
     return rows.poison(loss), rows.poison(stats), *grads, rows.put(dvalues, tokens)
 

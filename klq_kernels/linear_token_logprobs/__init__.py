@@ -51,8 +51,8 @@ def linear_token_logprobs(
             `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
             weight has 16 bits, and little else.
         keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
-            is wanted: 2 bytes each, or 4 with float32 logits, but 2 on Hopper. It changes time and
-            memory, and no number.
+            is wanted: 2 bytes each, or 4 with float32 logits, but 2 on Hopper. It changes time,
+            memory and, on Hopper, how gradients are rounded, and nothing else.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
             complete (already summed over the group). With (group, start) the tokens are one chunk:
             ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
@@ -160,7 +160,7 @@ def forward(
     shard=None,
 ):
     """Log-probs, (max, rest, z_a) of the rows that met the head, and what is kept of the first:
-    their logits; or their exponentials, whose factors and own then stand in row_stats[:2]."""
+    their logits; or `Head.sums`' row_stats, and the exponentials of the first."""
     tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
@@ -184,10 +184,10 @@ def forward(
 
     if head.ours:
         for part in head.parts_to_sum(0, keep):
-            made = head.exponentials(part, actions[part], t, cap, visible[part])
-            logprobs[part], row_stats[0, part], row_stats[1, part] = made
+            made = head.sums(part, actions[part], t, cap, out=visible[part])
+            logprobs[part], row_stats[:, part] = made[:2]
         for part in head.parts_to_sum(keep):
-            logprobs[part] = head.sums(part, actions[part], t, cap)[0]
+            logprobs[part], row_stats[:, part] = head.sums(part, actions[part], t, cap)[:2]
     else:
         for part in head.parts(0, keep):
             run(part, visible[part])
@@ -241,9 +241,8 @@ def backward(
                 e = kept[part, :vocabulary]
                 head.backward_scaled(part, e, scale[part], own[part], actions[part])
         for part in head.parts(keep):
-            e = head.room(part)
-            _, factors, own = head.exponentials(part, actions[part], t, cap, e)
-            head.backward_scaled(part, e, grad[part] * factors, own, actions[part])
+            rest = actions[part], grad[part], row_stats[:, part], t, cap
+            head.backward(part, head.dlogits(part, *rest))
         return head.gradients()
     token_logprobs_backward = operator(backend, "token_logprobs_backward")
     token_logprobs_backward_ = operator(backend, "token_logprobs_backward_")

@@ -40,39 +40,66 @@ def linear_rows_(hidden, weight, bias, actions, mask, t, cap, entropy, exponenti
     factors = torch.where(known, -(1.0 if cap else 1 / t) / total, torch.nan)
     every = y / t - y.div(t).logsumexp(-1, keepdim=True)
     h = -torch.where(every == -torch.inf, 0.0, every.exp() * every).sum(-1)
-    rows = [torch.where(active, x, 0.0).float() for x in (logprobs, factors, h)]
-    rows.append(rows[0].new_empty(0))
+    slope = torch.where(z == -torch.inf, 0.0, (1 - (y / cap) ** 2) / t if cap else 1.0)
+    own = torch.where(known, -others, 0.0).unsqueeze(-1)
+    e = slope * torch.where(known.unsqueeze(-1), e.scatter(-1, at, own), e)
+    own = torch.where(known & (chosen != -torch.inf)[:, 0], e.gather(-1, at)[:, 0], 0.0)
+    rows = [torch.where(active, x, 0.0).float() for x in (logprobs, h, factors, own)]
     if exponentials is not None:
-        slope = torch.where(z == -torch.inf, 0.0, (1 - (y / cap) ** 2) / t if cap else 1.0)
-        own = torch.where(known, -others, e.gather(-1, at)[:, 0]).unsqueeze(-1)
-        e = slope * e.scatter(-1, at, own)
-        own = torch.where(chosen == -torch.inf, 0.0, e.gather(-1, at))[:, 0]
-        rows[3] = torch.where(active, own, 0.0).float()
         e = torch.where(active.unsqueeze(-1) | z.isnan(), e, 0.0)
         exponentials.copy_(torch.where(y == -torch.inf, 0.0, e))
-    return rows[0], rows[1], rows[2] if entropy else rows[2].new_empty(0), rows[3]
+    row_stats = torch.stack([*rows[2:], torch.where(active, from_[:, 0], torch.inf).float()])
+    return rows[0], row_stats, rows[1] if entropy else rows[1].new_empty(0)
+
+
+def linear_dlogits_(out, hidden, weight, bias, actions, scale, own, reference, t, cap):
+    z = hidden.double() @ weight.double().T
+    z = z if bias is None else z + bias.double()
+    y = torch.where(z == -torch.inf, z, cap * (z / cap).tanh()) if cap else z
+    slope = torch.where(z == -torch.inf, 0.0, (1 - (y / cap) ** 2) / t if cap else 1.0)
+    e = slope * ((y - reference.double()[:, None]) / t).exp()
+    e = torch.where(y == -torch.inf, 0.0, e)
+    known = (actions >= 0) & (actions < len(weight))
+    at = torch.where(known, actions, 0).unsqueeze(-1)
+    mine = torch.where(known, own.double(), e.gather(-1, at)[:, 0]).unsqueeze(-1)
+    out.copy_(scale.double()[:, None] * e.scatter(-1, at, mine))
 
 
 def linear_hidden_(out, dlogits, weight, scale):
     for x in (out, dlogits, weight):
         assert x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.data_ptr() % 16 == 0
-    out.copy_((dlogits.float() @ weight.float()) * scale[:, None])
+    made = dlogits.float() @ weight.float()
+    out.copy_(made if scale is None else made * scale[:, None])
 
 
-def linear_weight_(out, dlogits, hidden, add):
-    assert out.dtype == torch.float32 and dlogits.dtype == hidden.dtype == torch.bfloat16
+def linear_weight_(out, dlogits, hidden, add, slots, extra):
+    assert dlogits.dtype == hidden.dtype == torch.bfloat16
     for x in (dlogits, hidden):
         assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    product(dlogits.T, hidden, out, add)
+    if out.dtype == torch.float32:
+        assert slots is None
+        return product(dlogits.T, hidden, out, add)
+    assert not add and out.dtype == torch.bfloat16
+    made = dlogits.T.float() @ hidden.float()
+    if slots is not None:
+        made[slots >= 0] += extra[slots[slots >= 0].long()]
+    out.copy_(made)
 
 
-def linear_chosen_(out, hidden, order, actions, scale, own):
+def linear_chosen_(out, hidden, order, actions, scale, own, slots):
     """What csrc/cuda/linear_weight.h says."""
-    assert (actions[1:] >= actions[:-1]).all() and actions.dtype == torch.int32
+    assert (actions[1:] >= actions[:-1]).all()
     h = torch.where((own == 0)[:, None], 0.0, hidden.float())
     stored = own.to(hidden.dtype).float()[:, None] * (scale[:, None] * h).to(hidden.dtype).float()
     missing = (scale * own)[:, None] * h - stored
-    out.index_add_(0, actions.long(), missing[order])
+    known = (actions >= 0) & (actions < len(out if slots is None else slots))
+    ids, missing = actions[known], missing[order][known]
+    if slots is not None:
+        place = torch.searchsorted(actions, ids)  # of an action's first token
+        out[place] = 0.0
+        slots[ids] = place.int()
+        ids = place
+    out.index_add_(0, ids, missing)
 
 
 def klq_loss_tokens(logprobs, values, ref_logprobs, returns, tau, mask, weights, normalizer):
@@ -103,7 +130,7 @@ def stand_in():
         patch.setattr(head, "is_hopper", lambda device: True)
         patch.setattr(head, "product", product)
         patch.setattr(head, "own_hidden", lambda rows, width, device: rows % 2 == 0)
-        ops = linear_rows_, linear_hidden_, linear_weight_, linear_chosen_, klq_loss_tokens
-        for function in ops:
+        ops = linear_rows_, linear_dlogits_, linear_hidden_, linear_weight_, linear_chosen_
+        for function in (*ops, klq_loss_tokens):
             library.impl(function.__name__, function, "CPU")
         yield

@@ -163,7 +163,7 @@ def test_the_interpreter_runs_only_when_asked():
 
 
 HOPPER_ONLY = {"linear_rows_", "linear_hidden_", "linear_weight_", "linear_chosen_"}
-HOPPER_ONLY |= {"klq_loss_tokens"}
+HOPPER_ONLY |= {"linear_dlogits_", "klq_loss_tokens"}
 
 
 def test_twins_have_the_schemas_of_the_operators():

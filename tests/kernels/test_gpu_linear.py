@@ -43,7 +43,7 @@ def exponentials(h, w, a, b=None, mask=None, t=1.0, cap=0.0):
     pitch = head.pitch(len(w))
     whole = torch.full((len(h) + 1, pitch + 8), 777.0, dtype=h.dtype, device=DEVICE)
     e = whole[: len(h), : len(w)]
-    lp, factors, _, own = torch.ops.klq.linear_rows_(h, w, b, a, mask, t, cap, False, e)
+    lp, (factors, own, _), _ = torch.ops.klq.linear_rows_(h, w, b, a, mask, t, cap, False, e)
     known = (a >= 0) & (a < len(w)) & (True if mask is None else mask)
     at = e.gather(-1, torch.where(known, a, 0)[:, None])[:, 0]
     assert same_bits(own.to(e.dtype)[known], at[known]) and (
@@ -64,7 +64,14 @@ def compare(h, w, a, b=None, t=1.0, cap=None, slack=1.0):
     largest = g.abs().amax(-1, keepdim=True)
     assert ((made - g).abs() <= g.abs() * (2**-8 + 4 * bound) + largest * 2**-20 + 1e-30).all()
     some = torch.ops.klq.linear_rows_(h, w, b, a, None, t, cap or 0.0, True, None)
-    assert same_bits(some[0], got) and same_bits(some[1], factors)
+    assert same_bits(some[0], got) and same_bits(some[1][0], factors)
+    # and the gradient itself, from what either call left
+    grad, by = torch.randn(len(h), device=DEVICE), torch.empty_like(e)
+    scale, how = grad * factors, (t, cap or 0.0)
+    torch.ops.klq.linear_dlogits_(by, h, w, b, a, scale, *some[1][1:], *how)
+    size, want = grad.abs()[:, None].double(), g * grad.double()[:, None]
+    bounds = want.abs() * (2**-8 + 4 * bound) + size * largest * 2**-20 + 1e-30
+    assert ((by.double() - want).abs() <= bounds).all()
     assert ((some[2].double() - entropy).abs() <= bound * (2 + entropy)).all()
 
 
@@ -186,19 +193,20 @@ def test_opcheck():
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, True, None)),
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, False, e)),
         (ops.linear_hidden_.default, (h.clone(), e, w, x)),
-        (ops.linear_weight_.default, (torch.randn(104, 64, device=DEVICE), e, h, True)),
-        (ops.linear_chosen_.default, (torch.randn(104, 64, device=DEVICE), h, a, a.int(), x, x)),
+        (ops.linear_dlogits_.default, (e, h, w, None, a, x, x, x, 1.0, 0.0)),
+        (ops.linear_weight_.default, (torch.randn(104, 64, device=DEVICE), e, h, True, None, None)),
+        (ops.linear_chosen_.default, (torch.randn(104, 64, device=DEVICE), h, a, a, x, x, None)),
         (ops.klq_loss_tokens.default, (x, x + 1, x, x, 0.3, a > 3, None, x.sum())),
     ]
     for op, args in calls:
         torch.library.opcheck(op, args)
 
 
-def weight_gradient(e, h, out, add):
+def weight_gradient(e, h, out, add, *extra):
     """linear_weight_, which writes nothing beside its sum."""
-    whole = torch.full((len(out) + 1, out.shape[1]), 777.0, device=DEVICE)
+    whole = out.new_full((len(out) + 1, out.shape[1]), 777.0)
     whole[:-1] = out
-    torch.ops.klq.linear_weight_(whole[:-1], e, h, add)
+    torch.ops.klq.linear_weight_(whole[:-1], e, h, add, *(extra or (None, None)))
     assert (whole[-1] == 777).all()
     return whole[:-1]
 
@@ -239,6 +247,25 @@ def test_hidden_gradient(shape):
     assert same_bits(*outs)
 
 
+@shapes
+def test_narrow_weight_gradient(shape):
+    """In bfloat16, rounded once, with what is extra in some of its rows, or nothing."""
+    n, d, v = shape
+    e, h = draw(n, head.pitch(v))[:, :v], draw(n, d)
+    made, most = e.double().T @ h.double(), n**0.5 * 2**-14 + n * 2**-20
+    extra = torch.randn(-(-v // 3), d, device=DEVICE) * 10
+    slots = torch.full((v,), -1, dtype=torch.int32, device=DEVICE)
+    slots[::3] = torch.randperm(len(extra), device=DEVICE).int()
+    out = torch.full((v, d), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    for more in ((), (slots, extra)):
+        got = weight_gradient(e, h, out, False, *more)
+        want = made.clone()
+        if more:
+            want[::3] += extra[slots[::3].long()].double()
+        assert ((got.double() - want).abs() <= most + want.abs() * 2**-8).all()
+        assert same_bits(weight_gradient(e, h, out, False, *more), got)
+
+
 @small
 @pytest.mark.parametrize("kind", ["few", "one action", "all apart"])
 def test_chosen_columns(kind):
@@ -254,13 +281,23 @@ def test_chosen_columns(kind):
     x = torch.where((own == 0)[:, None], 0.0, h.double())
     stored = own.bfloat16().double()[:, None] * (scale[:, None] * x.float()).bfloat16().double()
     missing = (scale * own).double()[:, None] * x - stored
-    want = out.double().index_add_(0, a, missing)
-    ids, order = a.int().sort(stable=True)
-    again = out.clone()
+    want, before = out.double().index_add_(0, a, missing), a[[1, 4]]
+    a[1], a[4], own[[1, 4]], h[[1, 4]] = -5, 10**12, 0.0, torch.nan  # no action at all
+    want.index_add_(0, before, -missing[[1, 4]])
+    ids, order = a.sort(stable=True)
+    again, found = out.clone(), out.clone()
     for to in (out, again):
-        torch.ops.klq.linear_chosen_(to, h, order, ids, scale, own)
+        torch.ops.klq.linear_chosen_(to, h, order, ids, scale, own, None)
     assert (out.double() - want).abs().max() <= 2**-20 * missing.abs().sum(0).max() + 1e-6
     assert same_bits(out, again)
+    # the same by place
+    extra = torch.full((n, d), torch.nan, device=DEVICE)
+    slots = torch.full((v,), -1, dtype=torch.int32, device=DEVICE)
+    torch.ops.klq.linear_chosen_(extra, h, order, ids, scale, own, slots)
+    named = slots >= 0
+    assert named.sum() == len(ids[(ids >= 0) & (ids < v)].unique())
+    found[named] += extra[slots[named].long()]
+    assert same_bits(found, out)
 
 
 def test_many_launches_give_the_same_bits():

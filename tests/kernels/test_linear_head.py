@@ -11,7 +11,7 @@ from own_product import stand_in
 from test_process import python
 
 from klq_kernels import linear_klq_loss, linear_token_logprobs
-from klq_kernels._linear_head import chunks
+from klq_kernels._linear_head import chunks, ours
 
 places = everywhere("linear_klq_loss", "linear_token_logprobs")
 
@@ -137,6 +137,7 @@ def test_keep_bytes_changes_no_number(device, backend, dtype, logits, keep, kind
     h, w, a, v, rest = problem(device, dtype, kind)
     mask = torch.arange(len(a), device=device) % 5 > 0
     row = w.shape[0] * dtype.itemsize
+    own = backend != "reference" and ours(backend, h, w)
     how = {"mask": mask, "chunk_bytes": 37 * row, "backend": backend, "logits_dtype": logits}
     out, want = gradients("logprobs", h, w, a, v, rest, v, **how)
     x, y = (t.clone().requires_grad_() for t in (h, w))

@@ -87,7 +87,7 @@ def half(x):
 
 # parts of the LM-head ops, met on a Hopper GPU only
 HOPPER_ONLY = {"linear_rows_", "linear_hidden_", "linear_weight_", "linear_chosen_"}
-HOPPER_ONLY |= {"klq_loss_tokens"}
+HOPPER_ONLY |= {"linear_dlogits_", "klq_loss_tokens"}
 
 
 def test_every_operator_is_reached_by_opcheck():
