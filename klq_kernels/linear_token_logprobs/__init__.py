@@ -9,7 +9,8 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import Head, ours, pitch
+from klq_kernels._linear_cut import pitch
+from klq_kernels._linear_head import Head, ours
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 

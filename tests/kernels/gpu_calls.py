@@ -10,7 +10,7 @@ from oracle import Run, case, flatten, run, upstream_like
 from torch import Tensor
 
 from klq_kernels import _dispatch, klq_loss
-from klq_kernels._linear_head import pitch
+from klq_kernels._linear_cut import pitch
 from klq_kernels._registry import SPECS
 
 DEVICE = "cuda"

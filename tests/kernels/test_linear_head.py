@@ -11,7 +11,8 @@ from own_product import stand_in
 from test_process import python
 
 from klq_kernels import linear_klq_loss, linear_token_logprobs
-from klq_kernels._linear_head import chunks, ours
+from klq_kernels._linear_cut import chunks
+from klq_kernels._linear_head import ours
 
 places = everywhere("linear_klq_loss", "linear_token_logprobs")
 
@@ -146,11 +147,12 @@ def test_keep_bytes_changes_no_number(device, backend, dtype, logits, keep, kind
     for _ in range(2):
         got = torch.autograd.grad(kept, (x, y), v, retain_graph=True)
         for g, t in zip(got, want, strict=True):
-            # where a chunk ends does not change its rows, only the sums over them
+            # where a chunk ends does not change its rows, only the sums over them; but our own
+            # product keeps exponentials, and makes the others again as gradients, each rounded
             most = (
                 {"rtol": 1e-5, "atol": 1e-5}
                 if dtype == torch.float32
-                else {"rtol": 2**-7, "atol": 2**-10}
+                else {"rtol": 2**-7, "atol": 2**-8 if own else 2**-10}
             )
             most["atol"] *= float(t.abs().max())
             torch.testing.assert_close(g, t, **most)
