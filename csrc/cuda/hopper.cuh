@@ -12,6 +12,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 // A value the compiler keeps in a register: it would reckon an address in shared memory anew at
@@ -93,14 +102,6 @@ __device__ __forceinline__ void store_before_copies(uint32_t to, uint4 x) {
       "fence.proxy.async.shared::cta;" ::"r"(to),
       "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
       : "memory");
-}
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(from)
-               : "memory");
-  return x;
 }
 // The 16 bytes that begin `shift` bytes after `from`; the next 16 are read only for shift > 0. The
 // shift is the same for all threads of a warp.

@@ -15,12 +15,30 @@ namespace {
 
 using Tile = Tiling<2, 192, 5, 2, true, true>;
 
+constexpr int kPiece = 32;  // columns of the tile, rows of out, on their way at a time
+
+// Where element (v, d) of a piece lies in a warp's staging memory: rows of 64 bytes, whose 16-byte
+// units are in the copy engine's order, unit u of row v at u ^ v / 2 % 4.
+__device__ __forceinline__ uint32_t staged(uint32_t staging, int v, int d) {
+  return staging + v * 64 + ((d / 4) ^ (v / 2 % 4)) * 16 + d % 4 * 4;
+}
+
+// A piece of a fragment, whose rows are columns of out, into staging memory.
+template <int N>
+__device__ __forceinline__ void stage(const float (&c)[N], int piece, uint32_t staging, int lane) {
+#pragma unroll
+  for (int k = 0; k < kPiece / 2; ++k) {
+    const int v = k / 4 * 8 + 2 * (lane % 4) + k % 2, d = lane / 4 + k / 2 % 2 * 8;
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(staged(staging, v, d)),
+                 "f"(c[kPiece / 2 * piece + k])
+                 : "memory");
+  }
+}
+
 template <bool ADD>
 struct IntoSum {
-  CUtensorMap map;  // of out, in boxes of 32 rows of 64 bytes
+  CUtensorMap map;  // of out, in boxes of kPiece rows of 16 elements
   int depth, columns;
-
-  static constexpr int kPiece = 32;  // columns of the tile, rows of out
 
   template <int N>
   __device__ __forceinline__ void finish(const float (&c)[N], int row, int column, uint32_t staging,
@@ -32,15 +50,7 @@ struct IntoSum {
       if (from >= columns) break;
       if (lane == 0) stores_read();  // the piece before has left the buffer
       __syncwarp();
-#pragma unroll
-      for (int k = 0; k < kPiece / 2; ++k) {
-        const int v = k / 4 * 8 + 2 * (lane % 4) + k % 2, d = lane / 4 + k / 2 % 2 * 8;
-        // the 16-byte units of a row in the copy engine's order: unit u of row v at u ^ v / 2 % 4
-        const uint32_t unit = (d / 4) ^ (lane % 4);
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(staging + v * 64 + unit * 16 + d % 4 * 4),
-                     "f"(c[kPiece / 2 * piece + k])
-                     : "memory");
-      }
+      stage(c, piece, staging, lane);
       copies_see_stores();
       __syncwarp();
       if (lane == 0) {
@@ -53,7 +63,7 @@ struct IntoSum {
   }
 };
 
-// Rounded, from registers: a warp's 16 by 8 elements lie in 8 rows of out.
+// Rounded; 16 bytes a lane, two lanes to a row's 16 elements.
 struct Narrowed {
   bf16* out;
   int depth, columns;
@@ -61,30 +71,47 @@ struct Narrowed {
   const float* extra;
 
   template <int N>
-  __device__ __forceinline__ void finish(float (&c)[N], int row, int column, uint32_t,
+  __device__ __forceinline__ void finish(const float (&c)[N], int row, int column, uint32_t staging,
                                          int lane) const {
-    const int pair = 2 * (lane % 4), d = row + lane / 4;
-    if (slots) {
+    if (row >= depth) return;
+    const int d = lane % 2 * 8;
 #pragma unroll
-      for (int k = 0; k < N / 2; ++k) {
-        const int v = column + k / 2 * 8 + pair + k % 2;
-        const int slot = v < columns ? slots[v] : -1;
-        if (slot < 0) continue;
+    for (int piece = 0; piece < 2 * N / kPiece; ++piece) {
+      const int from = column + kPiece * piece;
+      if (from >= columns) break;
+      const int slot = slots && from + lane < columns ? slots[from + lane] : -1;
+      __syncwarp();  // the piece before has been read
+      stage(c, piece, staging, lane);
+      __syncwarp();
+      for (uint32_t left = __ballot_sync(~0u, slot >= 0); left; left &= left - 1) {
+        const int v = __ffs(left) - 1;
+        const int64_t at = __shfl_sync(~0u, slot, v);
+        if (lane < 16 && row + lane < depth) {
+          const uint32_t place = staged(staging, v, lane);
+          float x;
+          asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(place) : "memory");
+          x += extra[at * depth + row + lane];
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(place), "f"(x) : "memory");
+        }
+        __syncwarp();
+      }
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          if (d + 8 * h < depth)
-            c[k / 2 * 4 + k % 2 + 2 * h] += extra[int64_t(slot) * depth + d + 8 * h];
+      for (int half = 0; half < 2; ++half) {
+        const int v = half * 16 + lane / 2;
+        const uint4 x = load_shared(staged(staging, v, d)),
+                    y = load_shared(staged(staging, v, d + 4));
+        const uint32_t w[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+        uint32_t packed[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float two[2] = {__uint_as_float(w[2 * k]), __uint_as_float(w[2 * k + 1])};
+          packed[k] = Vec<bf16>::pack(two);
+        }
+        if (from + v < columns && row + d < depth)
+          *reinterpret_cast<uint4*>(out + int64_t(from + v) * depth + row + d) =
+              make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
     }
-    bf16* to = out + int64_t(column + lane / 4) * depth + row + pair;
-#pragma unroll
-    for (int j = 0; j < N / 4; ++j, to += 8 * int64_t(depth))
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t both = transposed(Vec<bf16>::pack(c + 4 * j + 2 * h));
-        if (column + 8 * j + lane / 4 < columns && row + 8 * h < depth)
-          *reinterpret_cast<uint32_t*>(to + 8 * h) = both;
-      }
   }
 };
 
@@ -100,7 +127,7 @@ cudaError_t run_sum(const WeightArgs& args, cudaStream_t stream) {
   using Sum = IntoSum<ADD>;
   Sum sum{{}, int(args.depth), int(args.columns)};
   const Matrix out{args.out, Type::f32, args.columns, args.depth, args.depth};
-  if (cudaError_t e = map_boxes(&sum.map, out, Sum::kPiece, 16)) return e;
+  if (cudaError_t e = map_boxes(&sum.map, out, kPiece, 16)) return e;
   return run(args, sum, stream);
 }
 

@@ -66,7 +66,8 @@ def compare(h, w, a, b=None, t=1.0, cap=None, slack=1.0):
     some = torch.ops.klq.linear_rows_(h, w, b, a, None, t, cap or 0.0, True, None)
     assert same_bits(some[0], got) and same_bits(some[1][0], factors)
     # and the gradient itself, from what either call left
-    grad, by = torch.randn(len(h), device=DEVICE), torch.empty_like(e)
+    grad = torch.randn(len(h), device=DEVICE)
+    by = torch.empty(len(h), head.pitch(len(w)), dtype=h.dtype, device=DEVICE)[:, : len(w)]
     scale, how = grad * factors, (t, cap or 0.0)
     torch.ops.klq.linear_dlogits_(by, h, w, b, a, scale, *some[1][1:], *how)
     size, want = grad.abs()[:, None].double(), g * grad.double()[:, None]
