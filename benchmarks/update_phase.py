@@ -218,12 +218,13 @@ def measure(trainer: KLQTrainer, batch: Batch, repeats: int) -> dict[str, dict]:
 
 def report(found: dict) -> str:
     mib = lambda n: "–" if n is None else f"{n / 2**20:.0f}"  # noqa: E731
+    ms = lambda s: "–" if s is None else f"{s * 1e3:.2f}"  # noqa: E731
     lines = [
         f"{found['passes']} passes of {found['rows_a_pass']} response rows; logits of a pass in "
         f"bfloat16 {mib(found['logits_bytes'])} MiB, head {mib(found['weight_bytes'])} MiB",
         "",
-        "| objective | update ms | tokens/s | response tokens/s | peak MiB | head on the device ms | "
-        "by the clock ms | share "
+        "| objective | update ms | tokens/s | response tokens/s | peak MiB "
+        "| head on the device ms | by the clock ms | share "
         "| a head's extra MiB | its allocations of the size of the logits and more, MiB |",
         "| --- " * 10 + "|",
     ]
@@ -233,8 +234,7 @@ def report(found: dict) -> str:
         lines.append(
             f"| {name} | {x['median_s'] * 1e3:.1f} | {x['tokens_per_s']:.0f} "
             f"| {x['response_tokens_per_s']:.0f} | {mib(x['peak_bytes'])} "
-            f"| {'–' if x['device_median_s'] is None else format(x['device_median_s'] * 1e3, '.2f')} "
-            f"| {x['head_median_s'] * 1e3:.2f} | {x['head_share']:.1%} "
+            f"| {ms(x['device_median_s'])} | {ms(x['head_median_s'])} | {x['head_share']:.1%} "
             f"| {mib(x['head_extra_bytes'])} "
             f"| {'–' if sizes is None else ', '.join(map(mib, sizes))} |"
         )

@@ -119,7 +119,7 @@ class Rows(NamedTuple):
 
 def compact(mask: Tensor | None, tokens: int, num_active: int | None, device) -> Rows:
     """Positions of the active tokens without a synchronisation, when their number is given."""
-    if num_active is None or tokens == 0:
+    if num_active is None or (mask is not None and num_active >= tokens) or tokens == 0:
         return Rows(None, None, mask, None)
     if mask is None:
         few = num_active < tokens

@@ -277,9 +277,8 @@ class Head:
         linear_weight_ = operator("cuda", "linear_weight_")
         if first and part.stop == self.count and self.count <= len(w) // 4:
             # one chunk: its sum needs no float32 memory, only what is missing in it does
-            slots = torch.full((len(w),), -1, dtype=torch.int32, device=w.device)
             extra = w.new_empty(h.shape, dtype=torch.float32)
-            self.add_chosen(extra, slots)
+            slots = self.add_chosen(extra, apart=True)
             self.dweight = torch.empty_like(w, memory_format=torch.contiguous_format)
             linear_weight_(self.dweight, e, scaled, False, slots, extra)
             return
@@ -289,15 +288,13 @@ class Head:
         if part.stop == self.count:
             self.add_chosen(self.dweight)
 
-    def add_chosen(self, out: Tensor, slots: Tensor | None = None) -> None:
-        """Of all chunks, into the sum or, with slots, for the rows that these name."""
+    def add_chosen(self, out: Tensor, apart: bool = False) -> Tensor:
+        """Of all chunks, into their sum or apart, by first token; which that is of each action."""
         one = len(self.chosen) == 1
-        actions, scale, own = (
-            self.chosen[0] if one else map(torch.cat, zip(*self.chosen, strict=True))
-        )
-        ids, order = actions.sort(stable=True)
-        linear_chosen_ = operator("cuda", "linear_chosen_")
-        linear_chosen_(out, self.hidden, order, ids, scale, own, slots)
+        rest = self.chosen[0] if one else map(torch.cat, zip(*self.chosen, strict=True))
+        slots = out.new_empty((2, len(self.weight)), dtype=torch.int32)
+        operator("cuda", "linear_chosen_")(out, slots, self.hidden, *rest, apart)
+        return slots
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, db), empty where not wanted; dH of all tokens. In the dtypes of hidden, weight
@@ -345,7 +342,7 @@ def _(out, dlogits, hidden, add, slots, extra):
 
 
 @torch.library.register_fake("klq::linear_chosen_")
-def _(out, hidden, order, actions, scale, own, slots):
+def _(out, slots, hidden, actions, scale, own, apart):
     return None
 
 

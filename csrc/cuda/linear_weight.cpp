@@ -30,7 +30,7 @@ void linear_weight_(Tensor out, Tensor dlogits, Tensor hidden, bool add, MaybeTe
   KLQ_CHECK(op, !wide || !slots, "slots are for a bfloat16 out");
   KLQ_CHECK(op, wide || !add, "only a float32 out is added to");
   KLQ_CHECK(op, bool(slots) == bool(extra), "slots and extra go together");
-  const Array<int32_t> places(op, "slots", slots, ScalarType::Int, hidden, out.size(0));
+  const Array<int32_t> places(op, "slots", slots, ScalarType::Int, hidden, 2 * out.size(0));
   if (extra) {
     check_rows(op, "extra", *extra, hidden);
     KLQ_CHECK(op, extra->scalar_type() == ScalarType::Float, "extra must be float32");
@@ -44,29 +44,30 @@ void linear_weight_(Tensor out, Tensor dlogits, Tensor hidden, bool add, MaybeTe
   STD_CUDA_CHECK(linear_weight(args, current_stream(hidden)));
 }
 
-void linear_chosen_(Tensor out, Tensor hidden, Tensor order, Tensor actions, Tensor scale,
-                    Tensor own, MaybeTensor slots) {
+void linear_chosen_(Tensor out, Tensor slots, Tensor hidden, Tensor actions, Tensor scale,
+                    Tensor own, bool apart) {
   const char* op = "linear_chosen_";
   const OnDeviceOf guard(op, "hidden", hidden);
   check_matrix(op, "hidden", hidden, hidden);
   check_rows(op, "out", out, hidden);
   KLQ_CHECK(op, out.scalar_type() == ScalarType::Float, "out must be float32");
-  const int64_t n = hidden.size(0);
-  const Array<int64_t> rows(op, "order", order, ScalarType::Long, hidden, n);
+  KLQ_CHECK(op,
+            slots.is_cuda() && slots.get_device_index() == hidden.get_device_index() &&
+                slots.dim() == 2 && slots.size(0) == 2 && slots.is_contiguous() &&
+                slots.scalar_type() == ScalarType::Int,
+            "slots must be [2, vocabulary] in int32, contiguous, on the device of hidden");
+  const int64_t n = hidden.size(0), v = slots.size(1);
+  KLQ_CHECK(op, out.size(0) == (apart ? n : v), "out must be as long as ",
+            apart ? "hidden" : "the vocabulary");
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, hidden, n);
   const Array<float> factors(op, "scale", scale, ScalarType::Float, hidden, n);
   const Array<float> owns(op, "own", own, ScalarType::Float, hidden, n);
-  KLQ_CHECK(op,
-            !slots || (slots->is_contiguous() && slots->scalar_type() == ScalarType::Int &&
-                       slots->is_cuda() && out.size(0) == n),
-            "slots must be contiguous and int32, and out as long as hidden");
   ChosenArgs args{};
-  args.hidden = hidden.data_ptr(), args.order = rows.data, args.actions = ids.data;
+  args.hidden = hidden.data_ptr(), args.actions = ids.data;
   args.scale = factors.data, args.own = owns.data;
-  args.rows = n, args.columns = (slots ? *slots : out).size(0);
-  args.depth = out.size(1), args.hidden_stride = hidden.stride(0);
-  args.out = floats(out);
-  args.slots = slots ? static_cast<int32_t*>(slots->data_ptr()) : nullptr;
+  args.rows = n, args.columns = v, args.depth = out.size(1);
+  args.hidden_stride = hidden.stride(0), args.out = floats(out), args.apart = apart;
+  args.slots = static_cast<int32_t*>(slots.data_ptr());
   STD_CUDA_CHECK(linear_chosen(args, current_stream(hidden)));
 }
 

@@ -17,7 +17,7 @@ struct WeightArgs {
   Type type;
   void* out;
   bool add;
-  const int32_t* slots;  // [columns], or null: nothing extra
+  const int32_t* slots;  // [columns] at least, or null: nothing extra
   const float* extra;
 };
 // cudaErrorNotSupported: not a Hopper device, or not built for sm_90a.
@@ -31,16 +31,15 @@ cudaError_t linear_weight(const WeightArgs& args, cudaStream_t stream);
 //
 // of all tokens of an action one after the other, by one block: the same bits every time. `own` is
 // E at the action before it is rounded, 0 in inactive rows, whose hidden is not read. It is added
-// to out[action]; or with slots becomes out[p], p the place of the action's first token in the
-// order, and slots[action] = p.
+// to out[action]; or, `apart`, becomes out[i], i the first token of the action.
 struct ChosenArgs {
   const void* hidden;      // [rows, depth], bfloat16
-  const int64_t* order;    // [rows]: rows by action, stable
-  const int64_t* actions;  // [rows], in that order; those outside of 0 to columns are passed over
+  const int64_t* actions;  // [rows]; those outside of 0 to columns are passed over
   const float *scale, *own;
   int64_t rows, columns, depth, hidden_stride;
   float* out;
-  int32_t* slots;
+  bool apart;
+  int32_t* slots;  // [2, columns], written: the first token of each action or -1; how many but one
 };
 cudaError_t linear_chosen(const ChosenArgs& args, cudaStream_t stream);
 

@@ -265,7 +265,7 @@ def backward(
 def _(backend, hidden, weight, bias, actions, mask, *rest):
     _, _, logits_dtype, num_active, _, keep = rest
     tokens = actions.shape[0]
-    rows = tokens if num_active is None or mask is None or tokens == 0 else num_active
+    rows = tokens if num_active is None or mask is None else torch.sym_min(num_active, tokens)
     own = ours(backend, hidden, weight)
     dtype, kept = check.wide(hidden), hidden.dtype if own else logits_dtype or hidden.dtype
     keep, width = _kept(rows, weight, kept, keep)

@@ -82,23 +82,24 @@ def linear_weight_(out, dlogits, hidden, add, slots, extra):
     assert not add and out.dtype == torch.bfloat16
     made = dlogits.T.float() @ hidden.float()
     if slots is not None:
-        made[slots >= 0] += extra[slots[slots >= 0].long()]
+        named = slots[0] >= 0
+        made[named] += extra[slots[0, named].long()]
     out.copy_(made)
 
 
-def linear_chosen_(out, hidden, order, actions, scale, own, slots):
+def linear_chosen_(out, slots, hidden, actions, scale, own, apart):
     """What csrc/cuda/linear_weight.h says."""
-    assert (actions[1:] >= actions[:-1]).all()
-    h = torch.where((own == 0)[:, None], 0.0, hidden.float())
+    known = (actions >= 0) & (actions < slots.shape[1]) & (own != 0)
+    h = torch.where(known[:, None], hidden.float(), 0.0)
     stored = own.to(hidden.dtype).float()[:, None] * (scale[:, None] * h).to(hidden.dtype).float()
-    missing = (scale * own)[:, None] * h - stored
-    known = (actions >= 0) & (actions < len(out if slots is None else slots))
-    ids, missing = actions[known], missing[order][known]
-    if slots is not None:
-        place = torch.searchsorted(actions, ids)  # of an action's first token
-        out[place] = 0.0
-        slots[ids] = place.int()
-        ids = place
+    missing = ((scale * own)[:, None] * h - stored)[known]
+    ids, places = actions[known], torch.arange(len(actions))[known]
+    slots.fill_(-1)
+    first = torch.full((slots.shape[1],), len(actions)).scatter_reduce_(0, ids, places, "amin")
+    slots[0, ids] = first[ids].int()
+    if apart:
+        out[first[ids]] = 0.0
+        ids = first[ids]
     out.index_add_(0, ids, missing)
 
 

@@ -189,14 +189,17 @@ def test_results_agree_between_ops():
 def test_opcheck():
     h, w, a = draw(20, 64), draw(104, 64), torch.arange(20, device=DEVICE)
     e, x = draw(20, 104), torch.randn(20, device=DEVICE)
-    ops = torch.ops.klq
+    ops, slots = torch.ops.klq, torch.empty(2, 104, dtype=torch.int32, device=DEVICE)
     calls = [
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, True, None)),
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, False, e)),
         (ops.linear_hidden_.default, (h.clone(), e, w, x)),
         (ops.linear_dlogits_.default, (e, h, w, None, a, x, x, x, 1.0, 0.0)),
         (ops.linear_weight_.default, (torch.randn(104, 64, device=DEVICE), e, h, True, None, None)),
-        (ops.linear_chosen_.default, (torch.randn(104, 64, device=DEVICE), h, a, a, x, x, None)),
+        (
+            ops.linear_chosen_.default,
+            (torch.randn(104, 64, device=DEVICE), slots, h, a, x, x, False),
+        ),
         (ops.klq_loss_tokens.default, (x, x + 1, x, x, 0.3, a > 3, None, x.sum())),
     ]
     for op, args in calls:
@@ -255,14 +258,14 @@ def test_narrow_weight_gradient(shape):
     e, h = draw(n, head.pitch(v))[:, :v], draw(n, d)
     made, most = e.double().T @ h.double(), n**0.5 * 2**-14 + n * 2**-20
     extra = torch.randn(-(-v // 3), d, device=DEVICE) * 10
-    slots = torch.full((v,), -1, dtype=torch.int32, device=DEVICE)
-    slots[::3] = torch.randperm(len(extra), device=DEVICE).int()
+    slots = torch.full((2, v), -1, dtype=torch.int32, device=DEVICE)
+    slots[0, ::3] = torch.randperm(len(extra), device=DEVICE).int()
     out = torch.full((v, d), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     for more in ((), (slots, extra)):
         got = weight_gradient(e, h, out, False, *more)
         want = made.clone()
         if more:
-            want[::3] += extra[slots[::3].long()].double()
+            want[::3] += extra[slots[0, ::3].long()].double()
         assert ((got.double() - want).abs() <= most + want.abs() * 2**-8).all()
         assert same_bits(weight_gradient(e, h, out, False, *more), got)
 
@@ -285,20 +288,21 @@ def test_chosen_columns(kind):
     want, before = out.double().index_add_(0, a, missing), a[[1, 4]]
     a[1], a[4], own[[1, 4]], h[[1, 4]] = -5, 10**12, 0.0, torch.nan  # no action at all
     want.index_add_(0, before, -missing[[1, 4]])
-    ids, order = a.sort(stable=True)
     again, found = out.clone(), out.clone()
+    slots = torch.empty(2, v, dtype=torch.int32, device=DEVICE)
     for to in (out, again):
-        torch.ops.klq.linear_chosen_(to, h, order, ids, scale, own, None)
+        torch.ops.klq.linear_chosen_(to, slots, h, a, scale, own, False)
     assert (out.double() - want).abs().max() <= 2**-20 * missing.abs().sum(0).max() + 1e-6
     assert same_bits(out, again)
-    # the same by place
+    # the same apart: the first token's row of each action
     extra = torch.full((n, d), torch.nan, device=DEVICE)
-    slots = torch.full((v,), -1, dtype=torch.int32, device=DEVICE)
-    torch.ops.klq.linear_chosen_(extra, h, order, ids, scale, own, slots)
-    named = slots >= 0
-    assert named.sum() == len(ids[(ids >= 0) & (ids < v)].unique())
-    found[named] += extra[slots[named].long()]
-    assert same_bits(found, out)
+    torch.ops.klq.linear_chosen_(extra, slots, h, a, scale, own, True)
+    named = slots[0] >= 0
+    ids = a[own != 0].unique()
+    assert torch.equal(named.nonzero().squeeze(-1), ids)
+    assert all(slots[0, i] == ((a == i) & (own != 0)).nonzero()[0] for i in ids[:20])
+    found[named] += extra[slots[0, named].long()]
+    torch.testing.assert_close(found, out, rtol=1e-6, atol=1e-5)
 
 
 def test_many_launches_give_the_same_bits():
