@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(klq, m) {
   m.def("klq_loss(Tensor logits, Tensor actions, Tensor values, Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, Tensor? normalizer, float temperature, float softcap, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("klq_loss_(Tensor(a!) logits, Tensor actions, Tensor values, Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, Tensor? normalizer, float temperature, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("klq_loss_backward_(Tensor(a!) dlogits, Tensor unscale, Tensor upstream) -> ()");
+  m.def("compact_tokens(Tensor mask, SymInt size) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_rows_(Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor? mask, float temperature, float softcap, bool entropy, Tensor(a!)? out) -> (Tensor, Tensor, Tensor)");
   m.def("linear_dlogits_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor scale, Tensor own, Tensor reference, float temperature, float softcap) -> ()");
   m.def("linear_hidden_(Tensor(a!) out, Tensor dlogits, Tensor weight, Tensor? scale) -> ()");

@@ -117,13 +117,25 @@ class Rows(NamedTuple):
         return x if self.bad is None else x + self.bad
 
 
-def compact(mask: Tensor | None, tokens: int, num_active: int | None, device) -> Rows:
+def compact(
+    backend: str, mask: Tensor | None, tokens: int, num_active: int | None, device: torch.device
+) -> Rows:
     """Positions of the active tokens without a synchronisation, when their number is given."""
     if num_active is None or (mask is not None and num_active >= tokens) or tokens == 0:
         return Rows(None, None, mask, None)
     if mask is None:
         few = num_active < tokens
         return Rows(None, None, None, torch.full((), torch.nan, device=device) if few else None)
+    if mask.is_cuda and backend != "triton":
+        index, source, use, bad = torch.ops.klq.compact_tokens(mask, num_active)
+        return Rows(index, source, use, bad)
     index = torch.nonzero_static(mask, size=num_active, fill_value=tokens).squeeze(-1)
     bad = torch.where(mask.sum() > num_active, torch.nan, 0.0)
     return Rows(index, index.clamp(max=tokens - 1), index < tokens, bad)
+
+
+@torch.library.register_fake("klq::compact_tokens")
+def _(mask, size):
+    index = mask.new_empty(size, dtype=torch.int64)
+    bad = mask.new_empty((), dtype=torch.float32)
+    return index, torch.empty_like(index), mask.new_empty(size), bad

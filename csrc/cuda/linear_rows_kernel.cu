@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(256)
   a.scratch.reference[row] = !a.active(row) ? infinity() : fabsf(y) < infinity() ? y : 0.0f;
 }
 
-constexpr int kMergers = 32;  // warps, each for a part of the tiles of 32 rows
+constexpr int kMergers = 16;  // warps, each for a part of the tiles of 32 rows
 
 struct Merged {
   float top = -infinity(), sum = 0.0f, plain = 0.0f;

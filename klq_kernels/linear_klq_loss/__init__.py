@@ -216,23 +216,25 @@ def forward(
         # rule 13: the loss scale is not known yet, so nothing of the gradient is held in float16
         logits_dtype = torch.float32
     tokens, dtype = hidden.shape[0], check.wide(hidden)
-    rows = linear.compact(mask, tokens, num_active, hidden.device)
-    if normalizer is None:
-        active = mask.sum() if mask is not None else torch.full((), tokens, device=hidden.device)
-        normalizer = active.clamp(min=1).to(dtype)
-    normalizer = rows.poison(normalizer)  # NaN in the loss and in every gradient it divides
+    rows = linear.compact(backend, mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     head.whole = shard is not None and shard.vocabulary is None
-    picked = [rows.take(x) for x in (actions, values, ref_logprobs, returns, weights)]
-    picked[0] = tp.local(shard, picked[0])
+    ids, picked = tp.local(shard, rows.take(actions)), None
     made = []  # loss, sums, gradient of values of each chunk
     for part in head.parts():
-        use = head.mask(part)
-        a, v, ref, g, w = (None if x is None else x[part] for x in picked)
+        a, use = ids[part], head.mask(part)
         if head.ours:
             e = head.room(part)
             logprobs, (factors, own, _), _ = head.sums(part, a, t, cap, out=e)
+        if picked is None:  # while a device is at the first product
+            picked = [rows.take(x) for x in (values, ref_logprobs, returns, weights)]
+            if normalizer is None:
+                count = hidden.new_full((), tokens, dtype=dtype) if mask is None else mask.sum()
+                normalizer = count.clamp(min=1).to(dtype)
+            normalizer = rows.poison(normalizer)  # NaN in the loss and all gradients it divides
+        v, ref, g, w = (None if x is None else x[part] for x in picked)
+        if head.ours:
             *results, coefficients, dvalues = operator(backend, "klq_loss_tokens")(
                 logprobs, v, ref, g, tau, use, w, normalizer
             )

@@ -163,7 +163,7 @@ def forward(
     """Log-probs, (max, rest, z_a) of the rows that met the head, and what is kept of the first:
     their logits; or `Head.sums`' row_stats, and the exponentials of the first."""
     tokens, dtype = hidden.shape[0], check.wide(hidden)
-    rows = linear.compact(mask, tokens, num_active, hidden.device)
+    rows = linear.compact(backend, mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     head.whole = shard is not None and shard.vocabulary is None
@@ -227,7 +227,7 @@ def backward(
     *needs,
     shard=None,
 ):
-    rows = linear.compact(mask, hidden.shape[0], num_active, hidden.device)
+    rows = linear.compact(backend, mask, hidden.shape[0], num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     head.whole = shard is not None and shard.vocabulary is None

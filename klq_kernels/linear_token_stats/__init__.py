@@ -107,7 +107,7 @@ def forward(
     shard=None,
 ):
     tokens = hidden.shape[0]
-    rows = linear.compact(mask, tokens, num_active, hidden.device)
+    rows = linear.compact(backend, mask, tokens, num_active, hidden.device)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     head.whole = shard is not None and shard.vocabulary is None
