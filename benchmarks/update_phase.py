@@ -134,7 +134,8 @@ def seconds(run) -> float:
 
 
 def device_seconds(run) -> float | None:
-    """What it takes of the device once all its work has been asked for."""
+    """What it takes of the device once all its work has been asked for; None without a device, or
+    where the host is too slow for that."""
     if not torch.cuda.is_available():
         return None
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -146,8 +147,7 @@ def device_seconds(run) -> float | None:
     asked = time.perf_counter() - begun
     end.record()
     wait()
-    assert asked < SLEEP_CYCLES / 3e9, "the device waited for the host"
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 if asked < SLEEP_CYCLES / 3e9 else None
 
 
 def peak(run) -> int | None:

@@ -27,7 +27,7 @@ from klq_kernels._linear_cut import OWN_TILE, TILE, along_rows, chunks, copyable
 
 HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
-SUM_BYTES = 32 << 20  # of float32 sums that are on their way into 16 bits, or to a row's result
+SUM_BYTES = 32 << 20  # of what is on its way: sums into 16 bits, rows' results, scaled rows
 
 
 @cache
@@ -47,6 +47,15 @@ def ours(backend: str, hidden: Tensor, weight: Tensor) -> bool:
         and is_hopper(hidden.device)
         and along_rows(weight)
     )
+
+
+def sharded_logits(
+    backend: str, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, shard
+) -> torch.dtype | None:
+    """A vocabulary over ranks takes the library's product, which must not round logits either where
+    our own would not: the sharded result is the unsharded one."""
+    narrow = shard is not None and logits_dtype != torch.float32
+    return torch.float32 if narrow and ours(backend, hidden, weight) else logits_dtype
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -248,7 +257,13 @@ class Head:
             self.times_weight(x, self.dhidden[part], wide)
 
     def backward_scaled(
-        self, part: slice, e: Tensor, scale: Tensor, own: Tensor, actions: Tensor
+        self,
+        part: slice,
+        e: Tensor,
+        scale: Tensor,
+        own: Tensor,
+        actions: Tensor,
+        end: int | None = None,  # of the last part that comes this way; None: of all rows
     ) -> None:
         """Adds the gradients of dlogits = scale x e. dW takes the scale to the hidden states, one
         rounding more than a stored gradient has, which is mended where it shows: in the rows of the
@@ -271,29 +286,42 @@ class Head:
         if not self.need_weight:
             return
         self.chosen.append((actions, scale, own))
-        h = self.rows_of(part)
-        scaled = torch.empty_like(h)
-        torch.mul(h, scale.unsqueeze(-1), out=scaled)
-        linear_weight_ = operator("cuda", "linear_weight_")
+        end = self.count if end is None else end
         if first and part.stop == self.count and self.count <= len(w) // 4:
             # one chunk: its sum needs no float32 memory, only what is missing in it does
-            extra = w.new_empty(h.shape, dtype=torch.float32)
+            extra = w.new_empty((self.count, w.shape[1]), dtype=torch.float32)
             slots = self.add_chosen(extra, apart=True)
             self.dweight = torch.empty_like(w, memory_format=torch.contiguous_format)
-            linear_weight_(self.dweight, e, scaled, False, slots, extra)
+            self.weight_product(part, e, scale, slots, extra)
             return
         if first:
             self.dweight = w.new_empty(w.shape, dtype=torch.float32)
-        linear_weight_(self.dweight, e, scaled, not first, None, None)
-        if part.stop == self.count:
+        for some in chunks(part.start, part.stop, w.shape[1] * e.itemsize, SUM_BYTES):
+            here = slice(some.start - part.start, some.stop - part.start)
+            self.weight_product(some, e[here], scale[here])
+        if part.stop == end:
             self.add_chosen(self.dweight)
 
+    def weight_product(self, part: slice, e: Tensor, scale: Tensor, *extra: Tensor) -> None:
+        """dW of some rows; what is extra comes with the only ones."""
+        h = self.rows_of(part)
+        if self.rows.mask is None:
+            scaled = torch.empty_like(h)
+        else:  # h is a copy
+            scaled, self.safe = h, None
+        torch.mul(h, scale.unsqueeze(-1), out=scaled)
+        add = part.start > 0
+        operator("cuda", "linear_weight_")(self.dweight, e, scaled, add, *(extra or (None, None)))
+
     def add_chosen(self, out: Tensor, apart: bool = False) -> Tensor:
-        """Of all chunks, into their sum or apart, by first token; which that is of each action."""
+        """Of all chunks so far, into their sum or apart, by first token; which that is of each
+        action."""
         one = len(self.chosen) == 1
         rest = self.chosen[0] if one else map(torch.cat, zip(*self.chosen, strict=True))
+        actions, *rest = rest
         slots = out.new_empty((2, len(self.weight)), dtype=torch.int32)
-        operator("cuda", "linear_chosen_")(out, slots, self.hidden, *rest, apart)
+        hidden = self.hidden[: len(actions)]
+        operator("cuda", "linear_chosen_")(out, slots, hidden, actions, *rest, apart)
         return slots
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:

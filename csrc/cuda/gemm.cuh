@@ -280,7 +280,10 @@ cudaError_t launch_gemm(const Matrix& a, const Matrix& b, const Epilogue& epilog
   const int64_t rows = kA ? a.columns : a.rows, depth = kA ? a.rows : a.columns;
   const int64_t down = ceil_div(rows, Tile::kRows * Tile::kCluster);
   const int64_t across = ceil_div(kB ? b.columns : b.rows, Tile::kCols);
-  if (down * across >= int64_t(1) << 31) return cudaErrorInvalidValue;
+  constexpr int64_t kLimit = (int64_t(1) << 31) - 4096;  // what epilogues reckon with is 32-bit
+  if (rows >= kLimit || depth >= kLimit || across * Tile::kCols >= kLimit ||
+      down * across >= kLimit)
+    return cudaErrorInvalidValue;
   Product p{};
   if (cudaError_t e = map_boxes(&p.a, a, kA ? Tile::kDepth : Tile::kRows, 64)) return e;
   constexpr int kShared = kB ? Tile::kSharedDepth : Tile::kSharedCols;

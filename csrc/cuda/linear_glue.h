@@ -8,7 +8,7 @@ namespace klq::cuda {
 // x [rows, columns] as the copy engine takes it.
 inline void check_matrix(const char* op, const char* name, const Tensor& x, const Tensor& like) {
   KLQ_CHECK(op, x.is_cuda() && x.get_device_index() == like.get_device_index(), name,
-            " must be on the device of hidden");
+            " must be on the device of the others");
   KLQ_CHECK(op, x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16, name,
             " must be a bfloat16 matrix");
   KLQ_CHECK(op, x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) >= x.size(1), name,

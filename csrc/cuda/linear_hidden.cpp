@@ -17,6 +17,7 @@ void linear_hidden_(Tensor out, Tensor dlogits, Tensor weight, MaybeTensor scale
             dlogits.size(1) == weight.size(0) && out.size(0) == n &&
                 out.size(1) == weight.size(1) && out.size(1) % 8 == 0,
             "out must be [rows of dlogits, columns of weight], a multiple of 8 of them");
+  KLQ_CHECK(op, weight.size(0) > 0, "weight must have rows");
   const Array<float> factors(op, "scale", scale, ScalarType::Float, dlogits, n);
   HiddenArgs args{};
   args.dlogits = dlogits.data_ptr(), args.weight = weight.data_ptr(), args.scale = factors.data;

@@ -27,6 +27,7 @@ void linear_weight_(Tensor out, Tensor dlogits, Tensor hidden, bool add, MaybeTe
             "out must be float32 or bfloat16");
   KLQ_CHECK(op, dlogits.size(0) == hidden.size(0) && dlogits.size(1) == out.size(0),
             "dlogits must be [rows of hidden, rows of out]");
+  KLQ_CHECK(op, hidden.size(0) > 0, "hidden must have rows");
   KLQ_CHECK(op, !wide || !slots, "slots are for a bfloat16 out");
   KLQ_CHECK(op, wide || !add, "only a float32 out is added to");
   KLQ_CHECK(op, bool(slots) == bool(extra), "slots and extra go together");

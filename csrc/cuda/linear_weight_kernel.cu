@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) chosen_kernel(const ChosenArgs a) {
 }  // namespace
 
 cudaError_t linear_weight(const WeightArgs& args, cudaStream_t stream) {
-  if (args.rows == 0 || args.columns == 0 || args.depth == 0) return cudaSuccess;
+  if (args.columns == 0 || args.depth == 0) return cudaSuccess;
   if (args.type == Type::f32)
     return args.add ? run_sum<true>(args, stream) : run_sum<false>(args, stream);
   const Narrowed out{static_cast<bf16*>(args.out), int(args.depth), int(args.columns), args.slots,

@@ -9,7 +9,7 @@ from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order, times
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import Head
+from klq_kernels._linear_head import Head, sharded_logits
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels._results import KLQLoss, KLQStats
 from klq_kernels.klq_loss.reference import squared_residuals
@@ -217,6 +217,7 @@ def forward(
         logits_dtype = torch.float32
     tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(backend, mask, tokens, num_active, hidden.device)
+    logits_dtype = sharded_logits(backend, hidden, weight, logits_dtype, shard)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     head.whole = shard is not None and shard.vocabulary is None

@@ -10,7 +10,7 @@ from klq_kernels import _tensor_parallel as tp
 from klq_kernels._autograd import first_order
 from klq_kernels._dispatch import operator, resolve
 from klq_kernels._linear_cut import pitch
-from klq_kernels._linear_head import Head, ours
+from klq_kernels._linear_head import Head, ours, sharded_logits
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels.linear_token_logprobs import reference
 
@@ -44,7 +44,8 @@ def linear_token_logprobs(
         actions, mask, temperature, logit_softcap, backend: as in `token_logprobs`. NaN in an
             inactive row of `hidden` reaches no result and no gradient.
         logits_dtype: torch.float32 keeps the head's logits in float32; None: in hidden's dtype.
-            Those of bfloat16 heads on Hopper are never rounded, either way.
+            On Hopper those of bfloat16 heads whose weight has rows of whole 16 bytes are never
+            rounded, either way (unless backend="triton").
         num_active: number of active tokens, when the caller knows it: only these meet the head,
             without a synchronisation. More is allowed; fewer makes every result and every entry of
             every gradient NaN, never a part of them.
@@ -52,8 +53,8 @@ def linear_token_logprobs(
             `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
             weight has 16 bits, and little else.
         keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
-            is wanted: 2 bytes each, or 4 with float32 logits, but 2 on Hopper. It changes time,
-            memory and, on Hopper, how gradients are rounded, and nothing else.
+            is wanted: 2 bytes each, or 4 with float32 logits, but 2 where those are never rounded.
+            It changes time, memory and, there, how gradients are rounded, and nothing else.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
             complete (already summed over the group). With (group, start) the tokens are one chunk:
             ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
@@ -164,6 +165,7 @@ def forward(
     their logits; or `Head.sums`' row_stats, and the exponentials of the first."""
     tokens, dtype = hidden.shape[0], check.wide(hidden)
     rows = linear.compact(backend, mask, tokens, num_active, hidden.device)
+    logits_dtype = sharded_logits(backend, hidden, weight, logits_dtype, shard)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     head.whole = shard is not None and shard.vocabulary is None
@@ -228,6 +230,7 @@ def backward(
     shard=None,
 ):
     rows = linear.compact(backend, mask, hidden.shape[0], num_active, hidden.device)
+    logits_dtype = sharded_logits(backend, hidden, weight, logits_dtype, shard)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, needs, usable)
     head.whole = shard is not None and shard.vocabulary is None
@@ -240,7 +243,7 @@ def backward(
             scale, own = grad[:keep] * row_stats[0, :keep], row_stats[1]
             for part in head.parts_to_scale(keep):
                 e = kept[part, :vocabulary]
-                head.backward_scaled(part, e, scale[part], own[part], actions[part])
+                head.backward_scaled(part, e, scale[part], own[part], actions[part], keep)
         for part in head.parts(keep):
             rest = actions[part], grad[part], row_stats[:, part], t, cap
             head.backward(part, head.dlogits(part, *rest))

@@ -8,7 +8,7 @@ from klq_kernels import _checks as check
 from klq_kernels import _linear as linear
 from klq_kernels import _tensor_parallel as tp
 from klq_kernels._dispatch import operator, resolve
-from klq_kernels._linear_head import Head
+from klq_kernels._linear_head import Head, sharded_logits
 from klq_kernels._operators import composite, composite_fake
 from klq_kernels._results import TokenStats
 from klq_kernels.linear_token_stats import reference
@@ -108,6 +108,7 @@ def forward(
 ):
     tokens = hidden.shape[0]
     rows = linear.compact(backend, mask, tokens, num_active, hidden.device)
+    logits_dtype = sharded_logits(backend, hidden, weight, logits_dtype, shard)
     usable = backend if shard is None else None
     head = Head(hidden, weight, bias, rows, logits_dtype, chunk_bytes, backend=usable)
     head.whole = shard is not None and shard.vocabulary is None

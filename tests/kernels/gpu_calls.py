@@ -21,7 +21,7 @@ _SKEWED = (0, 1, 700, 3, 0, 5000, 1024, 0)
 
 class Call(NamedTuple):
     """One way to call an op; `logits` in place is what `klq_loss` alone has, `logits32` an LM head
-    with logits in float32, on Hopper our own product, some of whose rows are kept."""
+    with logits in float32, some of whose rows are kept."""
 
     op: str
     dtype: torch.dtype = F32
