@@ -4,7 +4,7 @@
 # make bench: every op of the CPU, naive against fused
 # make gpu, on a machine with an NVIDIA GPU: build for it, check every kernel on it, measure
 # make step: one iteration of the loop by phases, beside TRL's PPO in an environment of its own
-# make sanitize, there too: every kernel under compute-sanitizer
+# make -j3 sanitize, there too: every kernel under compute-sanitizer
 # All set up .venv by themselves. PYTHON=python3 uses that interpreter and its packages instead.
 
 TORCH ?= torch==2.13.0
@@ -14,6 +14,7 @@ TOOLS ?= memcheck racecheck initcheck
 RUNS ?= runs
 OUT ?= runs/bench
 WORKERS ?= 8
+SANITIZE := $(addprefix sanitize-,$(TOOLS))
 
 ifeq ($(PYTHON),)
 PY := .venv/bin/python
@@ -24,7 +25,7 @@ READY := in-place
 endif
 
 # demo and test: on a machine others use too, OMP_NUM_THREADS=1 avoids stalls between threads
-.PHONY: demo test bench step gpu sanitize lint format in-place clean
+.PHONY: demo test bench step gpu sanitize $(SANITIZE) lint format in-place clean
 
 demo: $(READY)
 	$(PY) -m klq.cli train --preset exact --output_dir $(RUNS)/exact --overwrite
@@ -47,15 +48,14 @@ gpu: $(READY) in-place
 	$(PY) -m klq.cli bench --device cuda --out $(OUT)
 
 # a cudaMalloc a tensor: in a cached block nothing ends where the tensor ends, nor begins unwritten
-sanitize: export KLQ_CUDA = 1
-sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0a
-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-sanitize: export KLQ_RACECHECK = 1
-sanitize: $(READY) in-place
-	set -e; for tool in $(TOOLS); do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q -m small -p no:xdist tests/kernels/test_gpu_small.py \
-	    tests/kernels/test_gpu_linear.py; done
+sanitize: $(SANITIZE)
+$(SANITIZE): export KLQ_CUDA = 1
+$(SANITIZE): export TORCH_CUDA_ARCH_LIST ?= 9.0a
+$(SANITIZE): export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
+$(SANITIZE): export KLQ_RACECHECK = 1
+$(SANITIZE): sanitize-%: $(READY) in-place
+	compute-sanitizer --tool $* --error-exitcode 1 $(PY) -m pytest -q -m small -p no:xdist \
+	  tests/kernels/test_gpu_small.py tests/kernels/test_gpu_linear.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,9 @@ USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 FOLDED = re.compile(r"^(float|true|false|\d+|bf16|f16|Elements|Vectors<.*)$")
-TILING = re.compile(r"Tiling<(\d+), (\d+), (\d+), (\d+)>")
+TILING = re.compile(r"Tiling<(\d+), (\d+), (\d+), (\d+), (true|false), (true|false)>")
 RING = re.compile(r"RingShape<(\d+), (\d+), (\d+), (\d+), (\d+)>")
+ENUMERATOR = re.compile(r"\((\w+)\)(\d+)")
 
 
 class Family(NamedTuple):
@@ -64,6 +66,19 @@ def arguments(template: str) -> list[str]:
     return [*found, template[start:].strip()]
 
 
+@cache
+def enumerators(enum: str) -> list[str]:
+    """The names of an enum class of csrc/cuda."""
+    text = "".join(p.read_text() for p in sorted((ROOT / "csrc" / "cuda").iterdir()))
+    return re.findall(r"\w+", re.search(rf"enum class {enum}\b[^{{]*{{([^}}=]+)}}", text).group(1))
+
+
+def named(value: re.Match) -> str:
+    """`(Wanted)2` by its name."""
+    enum, number = value.groups()
+    return enumerators(enum)[int(number)]
+
+
 def family(source: str, demangled: str) -> Family:
     """Of `void klq::cuda::kernel<...>(...)`."""
     plain = re.sub(r"klq::cuda::|\(anonymous namespace\)::", "", demangled).removeprefix("void ")
@@ -80,13 +95,17 @@ def family(source: str, demangled: str) -> Family:
             summers, writers, unroll, stages, blocks = map(int, ring.groups())
             dynamic = stages * (summers * unroll + 8) * 16  # RingShape::kBytes
             kept.append(f"{summers + writers + 64} threads, {stages} stages, {blocks} an SM")
-        elif tiling := TILING.search(argument):
-            blocks, columns, stages, cluster = map(int, tiling.groups())
+        elif tiling := TILING.fullmatch(argument):
+            blocks, columns, stages, cluster = map(int, tiling.groups()[:4])
             rows = 64 * blocks
             dynamic = stages * (rows + columns) * 128 + 8 * 2048 + 1024  # Tiling::kBytes
             kept.append(f"{rows} x {columns}, {stages} stages, clusters of {cluster}")
+            across = [x for x, is_ in zip("AB", tiling.groups()[4:], strict=True) if is_ == "true"]
+            kept += [" and ".join(across) + " across"] * bool(across)
+        elif argument.startswith(("RingShape<", "Tiling<")):
+            raise ValueError(f"{argument} has parameters that nobody here knows")
         elif argument and not FOLDED.match(argument):
-            kept.append(f"`{argument}`")
+            kept.append(f"`{ENUMERATOR.sub(named, argument)}`")
     return Family(source, name, ", ".join(kept), dynamic)
 
 

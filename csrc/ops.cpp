@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(klq, m) {
   m.def("linear_dlogits_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, Tensor scale, Tensor own, Tensor reference, float temperature, float softcap) -> ()");
   m.def("linear_hidden_(Tensor(a!) out, Tensor dlogits, Tensor weight, Tensor? scale) -> ()");
   m.def("linear_weight_(Tensor(a!) out, Tensor dlogits, Tensor hidden, bool add, Tensor? slots, Tensor? extra) -> ()");
-  m.def("linear_chosen_(Tensor(a!) out, Tensor(b!) slots, Tensor hidden, Tensor actions, Tensor scale, Tensor own, bool apart) -> ()");
+  m.def("linear_chosen_(Tensor(a!)? out, Tensor(b!) slots, Tensor hidden, Tensor actions, Tensor scale, Tensor own, bool apart, Tensor(c!)? bias) -> ()");
   m.def("klq_loss_tokens(Tensor logprobs, Tensor values, Tensor ref_logprobs, Tensor returns, float tau, Tensor? mask, Tensor? weights, Tensor normalizer) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("place_scores(Tensor scores, Tensor mask, Tensor? cu_seqlens) -> Tensor");
 }

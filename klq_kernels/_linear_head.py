@@ -266,8 +266,8 @@ class Head:
         end: int | None = None,  # of the last part that comes this way; None: of all rows
     ) -> None:
         """Adds the gradients of dlogits = scale x e. dW takes the scale to the hidden states, one
-        rounding more than a stored gradient has, which is mended where it shows: in the rows of the
-        actions (csrc/cuda/linear_weight.h)."""
+        rounding more than a stored gradient has, and db one; which is mended where it shows: in the
+        rows of the actions (csrc/cuda/linear_weight.h)."""
         w, first = self.weight, part.start == 0
         if self.need_hidden:
             if self.dhidden is None:
@@ -283,23 +283,23 @@ class Head:
             db = e.new_empty((len(w), 8), dtype=torch.float32)
             product(e.T, torch.stack([*pieces, *[zero] * 5], 1), db)
             self.dbias = db.sum(1) if first else self.dbias.add_(db.sum(1))
-        if not self.need_weight:
-            return
-        self.chosen.append((actions, scale, own))
+        if self.need_weight or self.need_bias:
+            self.chosen.append((actions, scale, own))
         end = self.count if end is None else end
-        if first and part.stop == self.count and self.count <= len(w) // 4:
+        if self.need_weight and first and part.stop == self.count and self.count <= len(w) // 4:
             # one chunk: its sum needs no float32 memory, only what is missing in it does
             extra = w.new_empty((self.count, w.shape[1]), dtype=torch.float32)
             slots = self.add_chosen(extra, apart=True)
             self.dweight = torch.empty_like(w, memory_format=torch.contiguous_format)
             self.weight_product(part, e, scale, slots, extra)
             return
-        if first:
-            self.dweight = w.new_empty(w.shape, dtype=torch.float32)
-        for some in chunks(part.start, part.stop, w.shape[1] * e.itemsize, SUM_BYTES):
-            here = slice(some.start - part.start, some.stop - part.start)
-            self.weight_product(some, e[here], scale[here])
-        if part.stop == end:
+        if self.need_weight:
+            if first:
+                self.dweight = w.new_empty(w.shape, dtype=torch.float32)
+            for some in chunks(part.start, part.stop, w.shape[1] * e.itemsize, SUM_BYTES):
+                here = slice(some.start - part.start, some.stop - part.start)
+                self.weight_product(some, e[here], scale[here])
+        if part.stop == end and self.chosen:
             self.add_chosen(self.dweight)
 
     def weight_product(self, part: slice, e: Tensor, scale: Tensor, *extra: Tensor) -> None:
@@ -313,15 +313,15 @@ class Head:
         add = part.start > 0
         operator("cuda", "linear_weight_")(self.dweight, e, scaled, add, *(extra or (None, None)))
 
-    def add_chosen(self, out: Tensor, apart: bool = False) -> Tensor:
-        """Of all chunks so far, into their sum or apart, by first token; which that is of each
-        action."""
+    def add_chosen(self, out: Tensor | None, apart: bool = False) -> Tensor:
+        """Of all chunks so far, into their sums, or dW's apart, by first token; which that is of
+        each action."""
         one = len(self.chosen) == 1
         rest = self.chosen[0] if one else map(torch.cat, zip(*self.chosen, strict=True))
         actions, *rest = rest
-        slots = out.new_empty((2, len(self.weight)), dtype=torch.int32)
-        hidden = self.hidden[: len(actions)]
-        operator("cuda", "linear_chosen_")(out, slots, hidden, actions, *rest, apart)
+        slots = actions.new_empty((2, len(self.weight)), dtype=torch.int32)
+        hidden, bias = self.hidden[: len(actions)], self.dbias if self.need_bias else None
+        operator("cuda", "linear_chosen_")(out, slots, hidden, actions, *rest, apart, bias)
         return slots
 
     def gradients(self, *, keep_wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,7 +370,7 @@ def _(out, dlogits, hidden, add, slots, extra):
 
 
 @torch.library.register_fake("klq::linear_chosen_")
-def _(out, slots, hidden, actions, scale, own, apart):
+def _(out, slots, hidden, actions, scale, own, apart, bias):
     return None
 
 

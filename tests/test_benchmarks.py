@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind an installed klq
 
-from benchmarks import gpu, heads, measure, peers, scans, workloads
+from benchmarks import cuda_resources, gpu, heads, measure, peers, scans, workloads
 from benchmarks.measure import Absent, Bar, Check, Group, Row, Side
 
 
@@ -251,6 +251,29 @@ def test_the_heading_of_a_run_cut_short():
     text = gpu.heading(about, top)
     assert "driver 580" in text and "4.26 TB/s (4.26 at its end" in text
     assert "liger-kernel 1.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape"),
+    [
+        ("Tiling<2, 192, 5, 2, true, false>, (anonymous namespace)::ScaledRows", "A across, `S"),
+        ("Tiling<2, 192, 5, 2, true, true>, klq::cuda::IntoSum<true> ", "A and B across, `IntoS"),
+        (
+            "Tiling<2, 192, 5, 2, false, false>, klq::cuda::(anonymous namespace)::RowTiles<"
+            "klq::cuda::bf16, true, (klq::cuda::(anonymous namespace)::Wanted)2> ",
+            "`RowTiles<bf16, true, exponentials>`",
+        ),
+    ],
+)
+def test_names_of_compiled_kernels(arguments, shape):
+    found = cuda_resources.family("x", f"void klq::cuda::gemm_kernel<klq::cuda::{arguments}>(int)")
+    assert found.kernel == "gemm_kernel" and found.dynamic == 222208
+    assert found.shape.startswith("128 x 192, 5 stages, clusters of 2, " + shape)
+
+
+def test_shapes_of_kernels_that_nobody_knows_are_errors():
+    with pytest.raises(ValueError, match="Tiling<2, 192>"):
+        cuda_resources.family("x", "void klq::cuda::gemm_kernel<klq::cuda::Tiling<2, 192>>(int)")
 
 
 def test_the_update_phase():

@@ -45,29 +45,36 @@ void linear_weight_(Tensor out, Tensor dlogits, Tensor hidden, bool add, MaybeTe
   STD_CUDA_CHECK(linear_weight(args, current_stream(hidden)));
 }
 
-void linear_chosen_(Tensor out, Tensor slots, Tensor hidden, Tensor actions, Tensor scale,
-                    Tensor own, bool apart) {
+void linear_chosen_(MaybeTensor out, Tensor slots, Tensor hidden, Tensor actions, Tensor scale,
+                    Tensor own, bool apart, MaybeTensor bias) {
   const char* op = "linear_chosen_";
   const OnDeviceOf guard(op, "hidden", hidden);
   check_matrix(op, "hidden", hidden, hidden);
-  check_rows(op, "out", out, hidden);
-  KLQ_CHECK(op, out.scalar_type() == ScalarType::Float, "out must be float32");
   KLQ_CHECK(op,
             slots.is_cuda() && slots.get_device_index() == hidden.get_device_index() &&
                 slots.dim() == 2 && slots.size(0) == 2 && slots.is_contiguous() &&
                 slots.scalar_type() == ScalarType::Int,
             "slots must be [2, vocabulary] in int32, contiguous, on the device of hidden");
   const int64_t n = hidden.size(0), v = slots.size(1);
-  KLQ_CHECK(op, out.size(0) == (apart ? n : v), "out must be as long as ",
-            apart ? "hidden" : "the vocabulary");
+  if (out) {
+    check_rows(op, "out", *out, hidden);
+    KLQ_CHECK(op, out->scalar_type() == ScalarType::Float, "out must be float32");
+    KLQ_CHECK(op, out->size(0) == (apart ? n : v), "out must be as long as ",
+              apart ? "hidden" : "the vocabulary");
+  }
+  KLQ_CHECK(op,
+            !bias || (bias->is_cuda() && bias->is_contiguous() && bias->numel() == v &&
+                      bias->scalar_type() == ScalarType::Float),
+            "bias must be [vocabulary] in float32, contiguous");
   const Array<int64_t> ids(op, "actions", actions, ScalarType::Long, hidden, n);
   const Array<float> factors(op, "scale", scale, ScalarType::Float, hidden, n);
   const Array<float> owns(op, "own", own, ScalarType::Float, hidden, n);
   ChosenArgs args{};
   args.hidden = hidden.data_ptr(), args.actions = ids.data;
   args.scale = factors.data, args.own = owns.data;
-  args.rows = n, args.columns = v, args.depth = out.size(1);
-  args.hidden_stride = hidden.stride(0), args.out = floats(out), args.apart = apart;
+  args.rows = n, args.columns = v, args.depth = hidden.size(1);
+  args.hidden_stride = hidden.stride(0), args.apart = apart;
+  args.out = out ? floats(*out) : nullptr, args.bias = bias ? floats(*bias) : nullptr;
   args.slots = static_cast<int32_t*>(slots.data_ptr());
   STD_CUDA_CHECK(linear_chosen(args, current_stream(hidden)));
 }

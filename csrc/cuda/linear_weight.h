@@ -31,14 +31,16 @@ cudaError_t linear_weight(const WeightArgs& args, cudaStream_t stream);
 //
 // of all tokens of an action one after the other, by one block: the same bits every time. `own` is
 // E at the action before it is rounded, 0 in inactive rows, whose hidden is not read. It is added
-// to out[action]; or, `apart`, becomes out[i], i the first token of the action.
+// to out[action]; or, `apart`, becomes out[i], i the first token of the action. The bias's
+// gradient, a sum of scale E, lacks scale (own - bfloat16(own)) there.
 struct ChosenArgs {
   const void* hidden;      // [rows, depth], bfloat16
   const int64_t* actions;  // [rows]; those outside of 0 to columns are passed over
   const float *scale, *own;
   int64_t rows, columns, depth, hidden_stride;
-  float* out;
+  float* out;  // null: not wanted
   bool apart;
+  float* bias;     // [columns], added to; null: not wanted
   int32_t* slots;  // [2, columns], written: the first token of each action or -1; how many but one
 };
 cudaError_t linear_chosen(const ChosenArgs& args, cudaStream_t stream);

@@ -156,11 +156,18 @@ __global__ void __launch_bounds__(kThreads) chosen_kernel(const ChosenArgs a) {
   const int64_t action = a.actions[first];
   if (a.slots[action] != int32_t(first)) return;
   const int64_t d = V::kWidth * (int64_t(blockIdx.y) * kThreads + threadIdx.x);
-  const bool in = d < a.depth;
+  const bool in = a.out && d < a.depth;
+  float bias = 0.0f;
   auto out = reinterpret_cast<float4*>(a.out + (a.apart ? first : action) * a.depth + d);
   float4 sum[2] = {};
   if (in && !a.apart) sum[0] = out[0], sum[1] = out[1];
   auto add = [&](const int64_t (&rows)[kAhead], int count) {
+    for (int k = 0; a.bias && d == 0 && k < count; ++k) {
+      const float own = a.own[rows[k]], owns[2] = {own, own};
+      float stored[2];
+      V::unpack(V::pack(owns), stored);
+      bias += a.scale[rows[k]] * (own - stored[0]);
+    }
     if (!in) return;
     uint4 packed[kAhead];
 #pragma unroll
@@ -216,6 +223,7 @@ __global__ void __launch_bounds__(kThreads) chosen_kernel(const ChosenArgs a) {
     __syncthreads();
   }
   if (in) out[0] = sum[0], out[1] = sum[1];
+  if (a.bias && d == 0) a.bias[action] += bias;
 }
 
 }  // namespace
@@ -238,7 +246,7 @@ cudaError_t linear_chosen(const ChosenArgs& args, cudaStream_t stream) {
   auto blocks = [](int64_t n, int each) { return unsigned((n + each - 1) / each); };
   first_tokens_kernel<<<blocks(args.rows, kThreads), kThreads, 0, stream>>>(args);
   if (cudaError_t e = cudaGetLastError()) return e;
-  const dim3 grid(unsigned(args.rows), blocks(args.depth, 8 * kThreads));
+  const dim3 grid(unsigned(args.rows), args.out ? blocks(args.depth, 8 * kThreads) : 1);
   chosen_kernel<<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }

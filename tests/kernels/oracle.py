@@ -28,6 +28,9 @@ from klq_kernels._samples import PER_SEQUENCE, PER_TOKEN, Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GARBAGE = (torch.nan, torch.inf, -torch.inf, 1e38)
+# operators: parts of the LM-head ops, met on a CUDA device only, most of them on Hopper
+CUDA_ONLY = {"linear_rows_", "linear_hidden_", "linear_weight_", "linear_chosen_"}
+CUDA_ONLY |= {"linear_dlogits_", "klq_loss_tokens", "compact_tokens"}
 
 
 def short(dtype: torch.dtype) -> str:

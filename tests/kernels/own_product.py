@@ -87,7 +87,7 @@ def linear_weight_(out, dlogits, hidden, add, slots, extra):
     out.copy_(made)
 
 
-def linear_chosen_(out, slots, hidden, actions, scale, own, apart):
+def linear_chosen_(out, slots, hidden, actions, scale, own, apart, bias):
     """What csrc/cuda/linear_weight.h says."""
     known = (actions >= 0) & (actions < slots.shape[1]) & (own != 0)
     h = torch.where(known[:, None], hidden.float(), 0.0)
@@ -97,6 +97,10 @@ def linear_chosen_(out, slots, hidden, actions, scale, own, apart):
     slots.fill_(-1)
     first = torch.full((slots.shape[1],), len(actions)).scatter_reduce_(0, ids, places, "amin")
     slots[0, ids] = first[ids].int()
+    if bias is not None:
+        bias.index_add_(0, ids, (scale * (own - own.to(hidden.dtype).float()))[known])
+    if out is None:
+        return
     if apart:
         out[first[ids]] = 0.0
         ids = first[ids]

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from oracle import CUDA_ONLY
 
 from klq_kernels import _checks, _dispatch, available_backends, token_logprobs, use_backend
 from klq_kernels._dispatch import TABLE, resolve
@@ -160,10 +161,6 @@ def test_the_interpreter_runs_only_when_asked():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         resolve("gae", CPU, torch.float32, "triton")
     assert all("cpu" not in row["triton"] for row in TABLE.values())
-
-
-CUDA_ONLY = {"linear_rows_", "linear_hidden_", "linear_weight_", "linear_chosen_"}
-CUDA_ONLY |= {"linear_dlogits_", "klq_loss_tokens", "compact_tokens"}
 
 
 def test_twins_have_the_schemas_of_the_operators():

@@ -194,12 +194,12 @@ def test_opcheck():
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, True, None)),
         (ops.linear_rows_.default, (h, w, None, a, None, 1.0, 0.0, False, e)),
         (ops.linear_hidden_.default, (h.clone(), e, w, x)),
-        (ops.compact_tokens.default, (a > 3, 7)),
+        (ops.compact_tokens.default, (a > 3, 17)),
         (ops.linear_dlogits_.default, (e, h, w, None, a, x, x, x, 1.0, 0.0)),
         (ops.linear_weight_.default, (torch.randn(104, 64, device=DEVICE), e, h, True, None, None)),
         (
             ops.linear_chosen_.default,
-            (torch.randn(104, 64, device=DEVICE), slots, h, a, x, x, False),
+            (torch.randn(104, 64, device=DEVICE), slots, h, a, x, x, False, x[:1].expand(104) * 0),
         ),
         (ops.klq_loss_tokens.default, (x, x + 1, x, x, 0.3, a > 3, None, x.sum())),
     ]
@@ -307,14 +307,21 @@ def test_chosen_columns(kind, d):
     want.index_add_(0, before, -missing[[1, 4]])
     again, found = out.clone(), out.clone()
     slots = torch.empty(2, v, dtype=torch.int32, device=DEVICE)
+    bias = torch.zeros(v, device=DEVICE)
     for to in (out, again):
-        torch.ops.klq.linear_chosen_(to, slots, h, a, scale, own, False)
+        torch.ops.klq.linear_chosen_(to, slots, h, a, scale, own, False, bias)
+    torch.ops.klq.linear_chosen_(None, slots, h, a, scale, own, False, bias)
+    missing = 3 * (scale * (own - own.bfloat16().float())).double()
+    missing[[1, 4]] = 0.0
+    want_bias = torch.zeros(v, device=DEVICE).double()
+    want_bias.index_add_(0, torch.where((a >= 0) & (a < v), a, 0), missing)
+    assert (bias.double() - want_bias).abs().max() <= 1e-5
     # 500 terms, each a difference of products of a few units
     assert (out.double() - want).abs().max() <= 2**-20 * missing.abs().sum(0).max() + 1e-5
     assert same_bits(out, again)
     # the same apart: the first token's row of each action
     extra = torch.full((n, d), torch.nan, device=DEVICE)
-    torch.ops.klq.linear_chosen_(extra, slots, h, a, scale, own, True)
+    torch.ops.klq.linear_chosen_(extra, slots, h, a, scale, own, True, None)
     named = slots[0] >= 0
     ids = a[own != 0].unique()
     assert torch.equal(named.nonzero().squeeze(-1), ids)

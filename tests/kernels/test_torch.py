@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from oracle import backends, flatten, grid, present, run, same_bits, upstream_like
+from oracle import CUDA_ONLY, backends, flatten, grid, present, run, same_bits, upstream_like
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,11 +83,6 @@ def test_opcheck(spec, device):
 def half(x):
     floating = isinstance(x, torch.Tensor) and x.is_floating_point()
     return x.to(torch.float16) if floating else x
-
-
-# parts of the LM-head ops, met on a CUDA device only, most of them on Hopper
-CUDA_ONLY = {"linear_rows_", "linear_hidden_", "linear_weight_", "linear_chosen_"}
-CUDA_ONLY |= {"linear_dlogits_", "klq_loss_tokens", "compact_tokens"}
 
 
 def test_every_operator_is_reached_by_opcheck():
