@@ -139,7 +139,7 @@ def test_two_graphs_interleaved(backend, call):
 
 
 FIRST = """
-import torch
+import os, torch
 from gpu_calls import BF16, Call, differs
 from klq_kernels._registry import SPECS
 torch.ones(2, device="cuda", requires_grad=True).sum().backward()  # PyTorch's own threads are up
@@ -154,6 +154,7 @@ for name, spec in SPECS.items():
         out = call(inputs, "cuda", upstream)
     graph.replay()
     assert not differs(out, call(inputs, "cuda", upstream)), name
+os._exit(0)  # PyTorch's threads, whose end the interpreter may cut short (once in four runs of all)
 """
 
 
