@@ -2,9 +2,9 @@
 """Our kernels and everyone else's on one GPU, in one process: `klq bench`.
 
 Ceilings first (copy, read and product), then every workload: a gate against float64, then all sides
-in turn, in a new order every round, cold, with CUDA events. Leaves `<date>-<gpu>.json` (every sample), `.md` (the table,
-also printed last) and figures. benchmarks/README.md has the protocol. Exit code 1 if one of our
-results is wrong.
+in turn, in a new order every round, cold, with CUDA events. Leaves `<date>-<gpu>.json` (every
+sample), `.md` (the table, also printed last) and figures. benchmarks/README.md has the protocol.
+Exit code 1 if one of our results is wrong.
 """
 
 import argparse
