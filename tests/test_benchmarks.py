@@ -81,7 +81,20 @@ def test_reasons_instead_of_errors():
     assert "nowhere: not installed" in measure.table(rows)
 
 
-def test_floors_medians_and_bars():
+@pytest.fixture
+def rotating(monkeypatch):
+    """Sides in turn, from another one every round: what a fake timer can be told."""
+    monkeypatch.setattr(measure, "order", lambda turn, n: [(turn + i) % n for i in range(n)])
+
+
+def test_every_side_follows_every_other():
+    rounds = [measure.order(turn, 5) for turn in range(25)]
+    assert all(sorted(x) == list(range(5)) for x in rounds)
+    pairs = {pair for x in rounds for pair in zip(x, x[1:], strict=False)}
+    assert len(pairs) == 20 and len({x[0] for x in rounds}) == 5
+
+
+def test_floors_medians_and_bars(rotating):
     bars = Bar(1.1, "floor"), Bar(0.5, "peer"), Bar(900, "us"), Bar(1.0, "nobody")
     group = Group("op", "3", [side(bars=bars, calls=2), side("peer")])
     (mine, peer) = measure.measure(group, FakeTimer(2e-3, 4e-3, 4e-3, 2e-3), 2, copy_rate=1e6)
@@ -107,7 +120,7 @@ def test_a_bar_against_a_side_without_a_number_is_not_judged():
     assert "not judged: peer wrong" in measure.table([mine, peer])
 
 
-def test_a_floor_may_be_a_side_and_memory_a_bar():
+def test_a_floor_may_be_a_side_and_memory_a_bar(rotating):
     sides = [side("products"), side(memory=1 << 29, bars=(Bar(1.5, "products"),))]
     sides += [side("lean", memory=1 << 31)]
     seconds = 2e-3, 3e-3, 4e-3
