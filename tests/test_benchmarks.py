@@ -4,6 +4,7 @@ what they say, and every workload's truth agrees with our C++ kernels and the pe
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def rotating(monkeypatch):
 def test_every_side_follows_every_other():
     rounds = [measure.order(turn, 5) for turn in range(25)]
     assert all(sorted(x) == list(range(5)) for x in rounds)
-    pairs = {pair for x in rounds for pair in zip(x, x[1:], strict=False)}
+    pairs = {pair for x in rounds for pair in pairwise(x)}
     assert len(pairs) == 20 and len({x[0] for x in rounds}) == 5
 
 
