@@ -168,9 +168,8 @@ def main() -> None:
         "# CUDA kernels compiled ahead of time\n\n"
         f"nvcc {release}, {verdict}. Registers a thread / bytes of static shared memory a block, "
         "the largest over the kernels of a family (element types, soft-caps, widths of a group); "
-        "dynamic shared memory in bytes a block. The ring is an empty kernel below sm_90.\n\n"
-        + text
-        + "\n"
+        "dynamic shared memory in bytes a block. The ring is an empty kernel below sm_90, "
+        "the products of the LM head are everywhere but on sm_90a.\n\n" + text + "\n"
     )
     print(text)
     sys.exit("\n".join(bad) or 0)

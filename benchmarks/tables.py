@@ -82,19 +82,22 @@ def logits(found: Found) -> list[str]:
 
 
 def heads(found: Found) -> list[str]:
-    """Times and memory; of several sides of one library the fastest at the first shape."""
+    """Times and memory; all of our CUDA sides, of other libraries' those fastest at some shape."""
     keys = [k for k in found.rows if k[0] in HEADS and k[3] == "queued" and "%" not in k[2]]
     shapes = list(dict.fromkeys(k[1] for k in keys))
     out = [line(("ms, GiB beyond the inputs", *shapes)), line(["---"] * (1 + len(shapes)))]
     for op, title in HEADS.items():
-        best: dict[str, str] = {}
-        for k in sorted(k for k in keys if k[0] == op and k[1] == shapes[0]):
-            if "median" in found.rows[k]:
-                best.setdefault(names.family(k[2]), k[2])
-                best[names.family(k[2])] = min(
-                    best[names.family(k[2])], k[2], key=lambda s: found.median(op, shapes[0], s)
-                )
-        for side in sorted(best.values(), key=lambda s: list(names.STYLES).index(names.family(s))):
+        shown = {k[2]: None for k in keys if k[0] == op and names.family(k[2]) == "cuda"}
+        for shape in shapes:
+            best: dict[str, str] = {}
+            for k in keys:
+                if k[:2] == (op, shape) and "median" in found.rows[k]:
+                    family = names.family(k[2])
+                    best[family] = min(
+                        best.get(family, k[2]), k[2], key=lambda s: found.median(op, shape, s)
+                    )
+            shown |= dict.fromkeys(best.values())
+        for side in sorted(shown, key=lambda s: list(names.STYLES).index(names.family(s))):
             cells = [found.cell(op, s, side, "queued", 1e3) for s in shapes]
             for i, shape in enumerate(shapes):
                 extra = found.rows.get((op, shape, side, "queued"), {}).get("extra_bytes")

@@ -53,8 +53,9 @@ def linear_token_logprobs(
             `keep_bytes` allows, forward and backward take such a chunk, a float32 dW where the
             weight has 16 bits, and little else.
         keep_bytes: bound on the logits kept for the backward, of the first tokens, when a gradient
-            is wanted: 2 bytes each, or 4 with float32 logits, but 2 where those are never rounded.
-            It changes time, memory and, there, how gradients are rounded, and nothing else.
+            is wanted: 2 bytes a logit where those are never rounded, elsewhere the size of their
+            dtype. It changes time and memory; how gradients are rounded, where logits are not; and
+            where chunks are cut, which may show in the last bits.
         tp_group: as in `token_logprobs`, for a weight [V / ranks, D]; the gradient of hidden is
             complete (already summed over the group). With (group, start) the tokens are one chunk:
             ranks that do not know each other's widths could not cut alike. A DTensor weight sharded
