@@ -152,6 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     def save(top: dict, rows: list[measure.Row]) -> None:
         found = {"machine": about, "ceilings": top, "clocks": clocks.samples()}
         found["rows"] = [r.as_dict() for r in rows]
+        if made:
+            spread = runs.spreads([*made, found])
+            for r in rows:
+                r.spread = spread.get((r.op, r.shape, r.side, r.kind))
+            found["rows"] = [r.as_dict() for r in rows]
         save.path = runs.save(args.out, found, heading(about, top) + measure.table(rows))
         save.found = found
 
@@ -159,11 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(args.repeat):
             rows = run(only, args.quick, measure.CudaTimer(), save)
             made.append(save.found)
-        spread = runs.spreads(made) if args.repeat > 1 else {}
-        for r in rows:
-            r.spread = spread.get((r.op, r.shape, r.side, r.kind))
         top = save.found["ceilings"]
-        save(top, rows)
         if args.sweep:
             save.found["sweeps"] = sweeps.run(
                 "cuda", {**top["first"], "matmul bfloat16": top["first"]["matmul"]}, only

@@ -64,7 +64,7 @@ def test_a_planted_error_gets_no_number(name, way):
     got = [x.detach().clone() for x in result_of(job, "cpp")]
     assert measure.wrong(jobs.checks(job, "cpp", got)) is None
     whole = next(
-        i for i in reversed(range(len(got))) if jobs.per_row(job, jobs.given(job).truth[i])
+        i for i in reversed(range(len(got))) if jobs.given(job).per_row(jobs.given(job).truth[i])
     )
     got[whole].view(-1)[0] += 0.5
     assert "beyond" in measure.wrong(jobs.checks(job, "cpp", got))
