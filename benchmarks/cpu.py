@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         for r in found["rows"]:
             r["spread"] = spread.get(runs.key(r))
     if args.sweep:
-        found["sweeps"] = sweeps.run("cpu", found["ceilings"], only)
+        found["sweeps"] = list(sweeps.run("cpu", found["ceilings"], only))
     text = heading(found) + table(found["rows"], spread)
     path = runs.save(args.out, found, text)
     print("", text, path, *figures.draw(found, path.with_suffix("")), sep="\n")

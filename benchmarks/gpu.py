@@ -166,10 +166,11 @@ def main(argv: list[str] | None = None) -> int:
             made.append(save.found)
         top = save.found["ceilings"]
         if args.sweep:
-            save.found["sweeps"] = sweeps.run(
-                "cuda", {**top["first"], "matmul bfloat16": top["first"]["matmul"]}, only
-            )
-            runs.save(args.out, save.found, heading(about, top) + measure.table(rows))
+            ceilings_of = {**top["first"], "matmul bfloat16": top["first"]["matmul"]}
+            save.found["sweeps"] = []
+            for sweep in sweeps.run("cuda", ceilings_of, only):
+                save.found["sweeps"].append(sweep)
+                runs.save(args.out, save.found, heading(about, top) + measure.table(rows))
     drawn = figures.draw(save.found, save.path.with_suffix(""))
     print("", save.path.with_suffix(".md").read_text(), save.path, *drawn, sep="\n")
     bad = [r for r in rows if r.status in ("wrong", "failed") and measure.is_ours(r.side)]
