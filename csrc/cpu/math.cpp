@@ -94,8 +94,17 @@ static double sum_exp_diff(const double* x, const double* y, int64_t n, double m
 static void exp_times(const double* x, double* out, int64_t n, double m, double a) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] == -INFINITY ? 0.0 : a * std::exp(x[i] - m);
 }
-static const Math<double> table = {read,    write,     scale,        slope,    max,
-                                   sum_exp, sum_exp_x, sum_exp_diff, exp_times};
+static void scaled_diff(const double* x, const double* y, double* out, int64_t n, double m,
+                        double my, double c, double a, double b) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = x[i] == -INFINITY ? x[i] : (((x[i] - m) - (y[i] - my)) - c) * a + b;
+}
+static void tilt(const double* x, const double* y, double* out, int64_t n, double my, double a) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = x[i] == -INFINITY || y[i] == -INFINITY ? -INFINITY : (y[i] - my) + x[i] * a;
+}
+static const Math<double> table = {read,      write,        scale,     slope,       max, sum_exp,
+                                   sum_exp_x, sum_exp_diff, exp_times, scaled_diff, tilt};
 
 }  // namespace portable
 

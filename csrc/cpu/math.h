@@ -44,6 +44,10 @@ struct Math {
   double (*sum_exp_diff)(const W* x, const W* y, int64_t n, W m, W my);
   // out = a * exp(x - m), 0 where x = -inf whatever a is; out may be x
   void (*exp_times)(const W* x, W* out, int64_t n, W m, W a);
+  // out = a (((x - m) - (y - my)) - c) + b, -inf where x = -inf
+  void (*scaled_diff)(const W* x, const W* y, W* out, int64_t n, W m, W my, W c, W a, W b);
+  // out = (y - my) + a x, -inf where x or y is
+  void (*tilt)(const W* x, const W* y, W* out, int64_t n, W my, W a);
 };
 
 template <class W>

@@ -233,5 +233,31 @@ static void exp_times(const float* x, float* out, int64_t n, float m, float a) {
   });
 }
 
-static const Math<float> table = {read,    write,     scale,        slope,    max,
-                                  sum_exp, sum_exp_x, sum_exp_diff, exp_times};
+template <class Body>
+static inline __attribute__((always_inline)) void map2(const float* x, const float* y, float* out,
+                                                       int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(out + i, body(load(x + i), load(y + i)));
+  if (i < n)
+    store_tail(out + i, body(load_tail(x + i, n - i, 0), load_tail(y + i, n - i, 0)), n - i);
+}
+
+static void scaled_diff(const float* x, const float* y, float* out, int64_t n, float m, float my,
+                        float c, float a, float b) {
+  const F minus_inf = splat(-INFINITY);
+  map2(x, y, out, n, [=](F u, F w) {
+    F q = (((u - m) - (w - my)) - c) * a + b;
+    return u == minus_inf ? u : q;
+  });
+}
+static void tilt(const float* x, const float* y, float* out, int64_t n, float my, float a) {
+  const F minus_inf = splat(-INFINITY);
+  map2(x, y, out, n, [=](F u, F w) {
+    F sum = (w - my) + u * a;
+    sum = u == minus_inf ? u : sum;
+    return w == minus_inf ? w : sum;
+  });
+}
+
+static const Math<float> table = {read,      write,        scale,     slope,       max, sum_exp,
+                                  sum_exp_x, sum_exp_diff, exp_times, scaled_diff, tilt};
