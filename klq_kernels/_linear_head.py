@@ -237,11 +237,11 @@ class Head:
             half = w.dtype in HALVES
             if first:
                 # the one chunk's product is rounded once, as if it had been summed in float32
-                alone = half and not wide and h.is_cuda and part.stop == self.count
+                alone = half and not wide and part.stop == self.count
                 self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
             if self.ours:
                 operator("cuda", "linear_weight_")(self.dweight, dlogits, h, not first, None, None)
-            elif wide or (half and not h.is_cuda):
+            elif wide or (half and not h.is_cuda and self.dweight.dtype != w.dtype):
                 h = h.float()
                 for s in self.slices():
                     product(dlogits[:, s].T.float(), h, self.dweight[s], not first)
