@@ -100,6 +100,8 @@ class Head:
             self.hidden, self.weight = copyable(self.hidden), copyable(weight)
         else:  # and here every logit, and dW, which is too large to be passed over
             self.hidden = rows.poison(self.hidden)
+            if not hidden.is_cuda:  # oneDNN, as in `room`
+                self.hidden = self.hidden.contiguous()
         self.count = self.hidden.shape[0]
         # of what a chunk is stored as: in place of logits, exponentials of 16 bits
         self.dtype = hidden.dtype if self.ours else logits_dtype or hidden.dtype
@@ -153,6 +155,8 @@ class Head:
         rows, vocabulary = part.stop - part.start, self.weight.shape[0]
         if self.buffer is None:  # the first chunk is the longest
             self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
+            if not self.weight.is_cuda:  # oneDNN's AMX product reads what lies between, times 0
+                self.buffer[:, vocabulary:].zero_()
         return self.buffer[:rows, :vocabulary]
 
     def parts_to_sum(self, first: int = 0, end: int | None = None) -> Iterator[slice]:

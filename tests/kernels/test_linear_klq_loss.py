@@ -268,6 +268,25 @@ def test_case_59_hidden_of_any_layout(device, backend):
 
 
 @places
+def test_what_lies_between_rows_of_hidden_is_not_read(device, backend):
+    """oneDNN's AMX product of bfloat16 reads whole tiles of 32 columns: NaN x 0."""
+    _, _, _, a, _, v, rest = inputs(device, tokens=64)
+    h = draw(64, 33, device=device, dtype=torch.bfloat16)
+    w = draw(VOCABULARY, 33, seed=1, device=device, dtype=torch.bfloat16) / 8
+    room = torch.full((64, 66), torch.nan, dtype=h.dtype, device=device)
+    room[:, :33] = h
+    made = []
+    for x in (h, room[:, :33]):
+        x, y = x.detach().requires_grad_(), w.detach().requires_grad_()
+        out = linear_klq_loss(x, y, a, v, backend=backend, **rest)
+        logprobs = linear_token_logprobs(x, y, a, backend=backend)
+        both = out.loss + logprobs.sum()
+        made.append((out.loss, logprobs, *torch.autograd.grad(both, (x, y))))
+    for got, expected in zip(*made, strict=True):
+        assert torch.equal(got, expected) and expected.isfinite().all()
+
+
+@places
 def test_rule_13_float16_head_does_not_flush_to_zero(device, backend):
     """Batch-size normaliser, loss scale 65536, gradients of hidden and weight in float16."""
     h, w, b, a, _, v, rest = inputs(device, torch.float16)
