@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_CHUNK_BYTES = 512 << 20
+AMX_TILE = 32  # columns
 TILE = 128  # rows of a matrix product's tile: a chunk that ends inside one pays for all of it
 OWN_TILE = 256  # of our own products
 
@@ -28,8 +29,16 @@ def copyable(x: Tensor) -> Tensor:
 
 
 def pitch(vocabulary: int) -> int:
-    """Logits from row to row: rows of 16-bit logits begin at multiples of 16 bytes."""
-    return -(-vocabulary // 8) * 8
+    """Logits from row to row: whole tiles of oneDNN's AMX product, which reads them whole."""
+    return -(-vocabulary // AMX_TILE) * AMX_TILE
+
+
+def spaced(x: Tensor) -> Tensor:
+    """x [n, k] as a left factor: oneDNN's AMX product of bfloat16 multiplies what follows a row, up
+    to a whole tile, by 0; zeros have to lie there, for a NaN would stay one."""
+    if x.is_cuda or x.dtype != torch.bfloat16 or x.shape[1] % AMX_TILE == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % AMX_TILE))[:, : x.shape[1]]
 
 
 def chunks(

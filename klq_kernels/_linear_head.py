@@ -23,7 +23,16 @@ from klq_kernels import _checks as check
 from klq_kernels._dispatch import operator
 from klq_kernels._extension import BUILD_INFO
 from klq_kernels._linear import Rows
-from klq_kernels._linear_cut import OWN_TILE, TILE, along_rows, chunks, copyable, own_hidden, pitch
+from klq_kernels._linear_cut import (
+    OWN_TILE,
+    TILE,
+    along_rows,
+    chunks,
+    copyable,
+    own_hidden,
+    pitch,
+    spaced,
+)
 
 HALVES = (torch.float16, torch.bfloat16)
 SLICE_BYTES = 16 << 20  # of float32 copies, where a product takes its operands in float32
@@ -100,8 +109,7 @@ class Head:
             self.hidden, self.weight = copyable(self.hidden), copyable(weight)
         else:  # and here every logit, and dW, which is too large to be passed over
             self.hidden = rows.poison(self.hidden)
-            if not hidden.is_cuda:  # oneDNN, as in `room`
-                self.hidden = self.hidden.contiguous()
+            self.hidden = spaced(self.hidden)
         self.count = self.hidden.shape[0]
         # of what a chunk is stored as: in place of logits, exponentials of 16 bits
         self.dtype = hidden.dtype if self.ours else logits_dtype or hidden.dtype
@@ -132,7 +140,7 @@ class Head:
             return self.hidden[part]
         if self.safe is None or self.safe[0] != part:
             use = self.rows.mask[part].unsqueeze(-1)
-            self.safe = part, torch.where(use, self.hidden[part], 0.0)
+            self.safe = part, spaced(torch.where(use, self.hidden[part], 0.0))
         return self.safe[1]
 
     def mask(self, part: slice) -> Tensor | None:
@@ -155,7 +163,7 @@ class Head:
         rows, vocabulary = part.stop - part.start, self.weight.shape[0]
         if self.buffer is None:  # the first chunk is the longest
             self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
-            if not self.weight.is_cuda:  # oneDNN's AMX product reads what lies between, times 0
+            if not self.weight.is_cuda:  # `spaced`, without a copy
                 self.buffer[:, vocabulary:].zero_()
         return self.buffer[:rows, :vocabulary]
 
@@ -236,12 +244,15 @@ class Head:
             elif w.dtype in HALVES and w.is_cuda:
                 self.times_weight(dlogits, self.dhidden[part])
             else:
-                torch.mm(dlogits, w, out=self.dhidden[part])
+                dense = dlogits.stride(0) == dlogits.shape[1]  # not of a buffer with zeros between
+                torch.mm(spaced(dlogits) if dense else dlogits, w, out=self.dhidden[part])
         if self.need_weight:
             half = w.dtype in HALVES
             if first:
-                # the one chunk's product is rounded once, as if it had been summed in float32
-                alone = half and not wide and part.stop == self.count
+                # the one chunk's product is rounded once, as if it had been summed in float32; a CPU
+                # without 16-bit products takes several times as long for one
+                quick = h.is_cuda or torch.cpu._is_amx_tile_supported()
+                alone = half and not wide and quick and part.stop == self.count
                 self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
             if self.ours:
                 operator("cuda", "linear_weight_")(self.dweight, dlogits, h, not first, None, None)

@@ -28,7 +28,9 @@ double boltzmann_row(const Row<W>& q, const Row<W>& ref, double tau) {
     m = std::max(m, math<W>().max(y, n));
   });
   if (!std::isfinite(m)) {
-    // no finite terms to add: 0 for them, so that only a NaN shows in the sum
+    // no finite terms to add: 0 for them, so that only a NaN shows in the sum; one of sb is in all
+    // whose q is not -inf
+    if (std::isnan(sb) && !(q.max() == -inf)) return sb;
     each([&](const W*, int64_t n) {
       for (int64_t j = 0; j < n; ++j) s += std::isnan(y[j]) ? y[j] : W(0);
     });

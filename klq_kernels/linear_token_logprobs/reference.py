@@ -21,7 +21,7 @@ def head_logits(
         hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
     # the casts of autocast are made before this; logits asked for in float32 stay in it
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.contiguous() @ weight.T  # oneDNN reads what lies between rows, times 0
+        logits = hidden @ weight.T
     return logits if bias is None else logits + bias.to(logits.dtype)
 
 

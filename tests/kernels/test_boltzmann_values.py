@@ -51,3 +51,13 @@ def test_rule_8_skipped_terms(device, backend):
     assert v[3] == -torch.inf
     q[4, 1], b[4, 1] = torch.inf, 0.0
     assert boltzmann_values(q, b, tau=0.5, backend=backend)[4] == torch.inf
+
+
+@places
+def test_a_reference_that_is_no_distribution_is_nan(device, backend):
+    """Also where Q of its bad entries is -inf, or no term is finite; but not where all Q are."""
+    inf, nan = torch.inf, torch.nan
+    q = torch.tensor([[-inf, -0.1, 0], [inf, -inf, 0], [-inf, 1, -inf], [-inf] * 3], device=device)
+    b = torch.tensor([[inf, -20.0, 0], [5, nan, 0], [inf, -inf, -2], [nan] * 3], device=device)
+    v = boltzmann_values(q, b, tau=0.5, backend=backend)
+    assert v[:3].isnan().all() and v[3] == -inf

@@ -227,7 +227,7 @@ def test_keep_bytes_is_what_is_kept(own, logits):
     """Whole rows of what is really stored, also where our own product stores exponentials of 16
     bits in place of float32 logits; and the fake agrees."""
     h, w, a = draw(50, 16).bfloat16(), draw(21, 16, seed=1).bfloat16(), torch.arange(50) % 21
-    bytes_a_row = 24 * (2 if own or logits is None else 4)
+    bytes_a_row = 32 * (2 if own or logits is None else 4)
     op = torch.ops.klq.linear_token_logprobs.default
     with stand_in() if own else nullcontext():
         for rows in (0, 1, 7, 50):
