@@ -28,9 +28,11 @@ def copyable(x: Tensor) -> Tensor:
     return x if fit else x.clone(memory_format=torch.contiguous_format)
 
 
-def pitch(vocabulary: int) -> int:
-    """Logits from row to row: whole tiles of oneDNN's AMX product, which reads them whole."""
-    return -(-vocabulary // AMX_TILE) * AMX_TILE
+def pitch(vocabulary: int, cuda: bool = False) -> int:
+    """Logits from row to row: on a GPU rows of 16 bits begin at multiples of 16 bytes; on a CPU
+    they are whole tiles of oneDNN's AMX product, which reads them whole."""
+    tile = 8 if cuda else AMX_TILE
+    return -(-vocabulary // tile) * tile
 
 
 def spaced(x: Tensor) -> Tensor:

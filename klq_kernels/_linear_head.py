@@ -162,7 +162,8 @@ class Head:
         """The buffer, as long as a chunk."""
         rows, vocabulary = part.stop - part.start, self.weight.shape[0]
         if self.buffer is None:  # the first chunk is the longest
-            self.buffer = self.weight.new_empty((rows, pitch(vocabulary)), dtype=self.dtype)
+            width = pitch(vocabulary, self.weight.is_cuda)
+            self.buffer = self.weight.new_empty((rows, width), dtype=self.dtype)
             if not self.weight.is_cuda:  # `spaced`, without a copy
                 self.buffer[:, vocabulary:].zero_()
         return self.buffer[:rows, :vocabulary]
@@ -249,8 +250,8 @@ class Head:
         if self.need_weight:
             half = w.dtype in HALVES
             if first:
-                # the one chunk's product is rounded once, as if it had been summed in float32; a CPU
-                # without 16-bit products takes several times as long for one
+                # the one chunk's product is rounded once, as if it had been summed in float32; a
+                # CPU without 16-bit products takes several times as long for one
                 quick = h.is_cuda or torch.cpu._is_amx_tile_supported()
                 alone = half and not wide and quick and part.stop == self.count
                 self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))

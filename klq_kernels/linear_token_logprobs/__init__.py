@@ -202,7 +202,7 @@ def forward(
 
 def _kept(count: int, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> tuple[int, int]:
     """Rows that are kept, and elements from one to the next."""
-    width = pitch(weight.shape[0])
+    width = pitch(weight.shape[0], weight.is_cuda)
     return min(count, keep_bytes // (width * dtype.itemsize)), width
 
 

@@ -46,7 +46,7 @@ class Call(NamedTuple):
         if self.logits32:
             made["logits_dtype"] = F32
             if self.op == "linear_token_logprobs":
-                made["keep_bytes"] = 6 * 2 * pitch(self.vocabulary)
+                made["keep_bytes"] = 6 * 2 * pitch(self.vocabulary, True)
         return made
 
     def upstream(self, inputs: dict, backend: str) -> Tensor:
