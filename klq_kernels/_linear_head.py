@@ -18,6 +18,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.cpu import _is_amx_tile_supported
 
 from klq_kernels import _checks as check
 from klq_kernels._dispatch import operator
@@ -252,7 +253,7 @@ class Head:
             if first:
                 # the one chunk's product is rounded once, as if it had been summed in float32; a
                 # CPU without 16-bit products takes several times as long for one
-                quick = h.is_cuda or torch.cpu._is_amx_tile_supported()
+                quick = h.is_cuda or _is_amx_tile_supported()
                 alone = half and not wide and quick and part.stop == self.count
                 self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
             if self.ours:

@@ -121,7 +121,7 @@ PLANS = [(8192, 32), (2, 131072), (512, 512), (128, 2048), (2, 131072), (128, 20
 
 
 def test_scans_that_feed_scans(backend):
-    """A scan may begin before the one before it has ended, in every plan after every other: what
+    """A scan may begin before the one before it has ended, in one plan after another: what
     it reads was complete all the same, in a graph and outside."""
     torch.manual_seed(0)
     start = torch.randn(2, 1 << 18, device=DEVICE)
