@@ -28,7 +28,7 @@ def copyable(x: Tensor) -> Tensor:
     return x if fit else x.clone(memory_format=torch.contiguous_format)
 
 
-def pitch(vocabulary: int, cuda: bool = False) -> int:
+def pitch(vocabulary: int, cuda: bool) -> int:
     """Logits from row to row: on a GPU rows of 16 bits begin at multiples of 16 bytes; on a CPU
     they are whole tiles of oneDNN's AMX product, which reads them whole."""
     tile = 8 if cuda else AMX_TILE

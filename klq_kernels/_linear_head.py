@@ -109,8 +109,7 @@ class Head:
         if self.ours:  # a row's factor, if poisoned, makes NaN of all its gradients
             self.hidden, self.weight = copyable(self.hidden), copyable(weight)
         else:  # and here every logit, and dW, which is too large to be passed over
-            self.hidden = rows.poison(self.hidden)
-            self.hidden = spaced(self.hidden)
+            self.hidden = spaced(rows.poison(self.hidden))
         self.count = self.hidden.shape[0]
         # of what a chunk is stored as: in place of logits, exponentials of 16 bits
         self.dtype = hidden.dtype if self.ours else logits_dtype or hidden.dtype

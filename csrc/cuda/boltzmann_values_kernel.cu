@@ -18,7 +18,9 @@ struct Exponents {
   __device__ int units() const { return in.units(); }
   __device__ float join(float q, float z) const {
     const float x = (capped<CAPPED>(z, scale) - ref_max) * scale.inverse - ref_log_sum;
-    return z == -infinity() || q == -infinity() ? -infinity() : fmaf(q, inverse_tau, x);
+    // in a reference that is no distribution no pi_b is 0: its sum is NaN, and so is x
+    const bool no_chance = z == -infinity() && !isnan(ref_log_sum);
+    return no_chance || q == -infinity() ? -infinity() : fmaf(q, inverse_tau, x);
   }
   __device__ void load(int unit, float* y) const {
     float z[kWidth];

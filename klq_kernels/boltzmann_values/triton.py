@@ -24,11 +24,13 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def term(x, y, mb, log_sb, inverse_tau, inverse_t, cap, KIND: tl.constexpr):
-    """log pi_b + q / tau; -inf where q = -inf or pi_b = 0: such terms are skipped."""
+    """log pi_b + q / tau; -inf where q = -inf or pi_b = 0: such terms are skipped. In a reference
+    that is no distribution no pi_b is 0: its sum is NaN, and so is the term."""
     q = x.to(tl.float32)
     zb = capped(y, cap, KIND)
     sum = ((zb - mb) * inverse_t - log_sb) + q * inverse_tau
-    return tl.where((q == -_INF) | (zb == -_INF), -_INF, sum)
+    sound = tl.where(log_sb == log_sb, zb, 0.0)
+    return tl.where((q == -_INF) | (sound == -_INF), -_INF, sum)
 
 
 @triton.jit(do_not_specialize=["inner", "ref_inner"])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import _tensor_parallel as tp
+from klq_kernels._linear_cut import AMX_TILE
 from klq_kernels.token_logprobs.reference import select_rows, token_logprobs
 
 
@@ -21,8 +22,20 @@ def head_logits(
         hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
     # the casts of autocast are made before this; logits asked for in float32 stay in it
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden @ weight.T
+        rows, columns = whole_tiles(hidden, weight)
+        logits = (rows @ columns.T)[..., : len(weight)]
     return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def whole_tiles(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros up to whole tiles of D and V, where PyTorch's product, or its backward, would
+    carry NaN of a row into the row before (`_linear_cut.spaced`)."""
+    vocabulary, width = weight.shape
+    more = -width % AMX_TILE, -vocabulary % AMX_TILE
+    if hidden.is_cuda or hidden.dtype != torch.bfloat16 or more == (0, 0):
+        return hidden, weight
+    pad = torch.nn.functional.pad
+    return pad(hidden, (0, more[0])), pad(weight, (0, more[0], 0, more[1]))
 
 
 def too_few(mask: Tensor | None, tokens: int, num_active: int | None) -> Tensor | bool:

@@ -55,9 +55,10 @@ def test_rule_8_skipped_terms(device, backend):
 
 @places
 def test_a_reference_that_is_no_distribution_is_nan(device, backend):
-    """Also where Q of its bad entry is -inf or another is inf; but not where all Q are -inf."""
+    """Also where Q of its bad entry is -inf, another's is inf, or no term is left; but not where
+    all Q are -inf."""
     inf, nan = torch.inf, torch.nan
-    q = torch.tensor([[-inf, -0.1, 0], [inf, -inf, 0], [-inf] * 3], device=device)
-    b = torch.tensor([[inf, -20.0, 0], [5, nan, 0], [nan] * 3], device=device)
+    q = torch.tensor([[-inf, -0.1, 0], [inf, -inf, 0], [-inf, 1, -inf], [-inf] * 3], device=device)
+    b = torch.tensor([[inf, -20.0, 0], [5, nan, 0], [inf, -inf, -2], [nan] * 3], device=device)
     v = boltzmann_values(q, b, tau=0.5, backend=backend)
-    assert v[:2].isnan().all() and v[2] == -inf
+    assert v[:3].isnan().all() and v[3] == -inf

@@ -40,7 +40,7 @@ def truth(h, w, a, b=None, t=1.0, cap=None):
 
 
 def exponentials(h, w, a, b=None, mask=None, t=1.0, cap=0.0):
-    pitch = head.pitch(len(w))
+    pitch = head.pitch(len(w), True)
     whole = torch.full((len(h) + 1, pitch + 8), 777.0, dtype=h.dtype, device=DEVICE)
     e = whole[: len(h), : len(w)]
     lp, (factors, own, _), _ = torch.ops.klq.linear_rows_(h, w, b, a, mask, t, cap, False, e)
@@ -67,7 +67,7 @@ def compare(h, w, a, b=None, t=1.0, cap=None, slack=1.0):
     assert same_bits(some[0], got) and same_bits(some[1][0], factors)
     # and the gradient itself, from what either call left
     grad = torch.randn(len(h), device=DEVICE)
-    by = torch.empty(len(h), head.pitch(len(w)), dtype=h.dtype, device=DEVICE)[:, : len(w)]
+    by = torch.empty(len(h), head.pitch(len(w), True), dtype=h.dtype, device=DEVICE)[:, : len(w)]
     scale, how = grad * factors, (t, cap or 0.0)
     torch.ops.klq.linear_dlogits_(by, h, w, b, a, scale, *some[1][1:], *how)
     size, want = grad.abs()[:, None].double(), g * grad.double()[:, None]
@@ -221,7 +221,7 @@ def test_weight_gradient(shape):
     """dlogits^T hidden of rows that are not as long as apart, in place of the sum and added to it,
     within float32's error of the products' size; the same bits again."""
     n, d, v = shape
-    e, h = draw(n + 1, head.pitch(v) + 8)[:n, :v], draw(n + 1, d + 8)[:n, :d]
+    e, h = draw(n + 1, head.pitch(v, True) + 8)[:n, :v], draw(n + 1, d + 8)[:n, :d]
     made = e.double().T @ h.double()
     most = n**0.5 * 2**-14 + n * 2**-20  # the matrix units truncate their sums
     for out, add in (
@@ -253,7 +253,7 @@ def test_compact_tokens(tokens, share, spare):
 def test_hidden_gradient(shape):
     """scale (dlogits weight), rounded once, and nothing beside it."""
     n, d, v = shape
-    e, w = draw(n + 1, head.pitch(v) + 8)[:n, :v], draw(v + 1, d + 8)[:v, :d]
+    e, w = draw(n + 1, head.pitch(v, True) + 8)[:n, :v], draw(v + 1, d + 8)[:v, :d]
     scale = torch.randn(n, device=DEVICE)
     made = (e.double() @ w.double()) * scale.double()[:, None]
     most = (v**0.5 * 2**-14 + v * 2**-20) * scale.abs()[:, None]
@@ -271,7 +271,7 @@ def test_hidden_gradient(shape):
 def test_narrow_weight_gradient(shape):
     """In bfloat16, rounded once, with what is extra in some of its rows, or nothing."""
     n, d, v = shape
-    e, h = draw(n, head.pitch(v))[:, :v], draw(n, d)
+    e, h = draw(n, head.pitch(v, True))[:, :v], draw(n, d)
     made, most = e.double().T @ h.double(), n**0.5 * 2**-14 + n * 2**-20
     extra = torch.randn(-(-v // 3), d, device=DEVICE) * 10
     slots = torch.full((2, v), -1, dtype=torch.int32, device=DEVICE)

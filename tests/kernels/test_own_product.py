@@ -13,7 +13,7 @@ from klq_kernels import _linear_head as head
 from klq_kernels import linear_klq_loss, linear_token_logprobs, linear_token_stats
 
 N, D, V = 150, 64, 403
-ROW = head.pitch(V) * 2  # bytes
+ROW = head.pitch(V, False) * 2  # bytes
 PLACES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_hopper])]
 SCALINGS = [{}, {"temperature": 0.7, "logit_softcap": 5.0}]
 

@@ -25,7 +25,7 @@ SLOW = (
     "not linear and not more_rows and not one_percent and not case_73 and not float16_does_not "
     "and not never_above_zero and not dtype1"  # dtype1 is bfloat16
 )
-FEW = "plain or unaligned or packed"
+FEW = "plain or strided or unaligned or packed"
 MANY = (
     "plain or strided or deep or no_rows or one_active or vocabulary_1 or vocabulary_4099 or "
     "banned or only_chosen or peaked or extreme or cold or capped_low"
@@ -35,15 +35,15 @@ OTHERS = (
     "truth and triton-float32 and not token_ and not q_values and not linear and not hot "
     "and not minus_1000 and not tau_100"
 )
-FLOAT16 = f"truth and triton-float16 and not linear and ({FEW})"
+FLOAT16 = f"truth and triton-float16 and not linear and ({FEW} or banned)"
 LINEAR = "truth and linear and triton-float32 and (plain or compacted)"
 RULES = (
     "triton-float32 and not linear and (plain or packed or all_masked) and (nan or nothing or "
     "bad_token or alone or (upstream_scale and 65536) or two_backwards or through_targets)"
 )
 TORCH = (
-    "not linear and ((opcheck and (token_logprobs or gae)) or "
-    "(compile_fullgraph and (lambda_returns or klq_loss)))"
+    "not linear and ((opcheck and (token_logprobs or gae or klq_loss)) or "
+    "(compile_fullgraph and (token_logprobs or lambda_returns or klq_loss)))"
 )
 GROUPS = {  # few processes: each spends seconds on its start
     "rows": (["test_ops.py"], f"({ROWS}) or ({LINEAR})"),
@@ -142,7 +142,7 @@ class Padded:
 
 
 @inside
-@pytest.mark.parametrize("name", ["plain", "packed", "vocabulary_4099"])
+@pytest.mark.parametrize("name", ["plain", "strided", "packed", "vocabulary_4099", "capped_low"])
 @pytest.mark.parametrize("op", [name for name in SPECS if not name.startswith("linear")])
 def test_nothing_is_written_outside(monkeypatch, op, name):
     from klq_kernels import _triton_host
