@@ -11,7 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from klq_kernels._dispatch import INTERPRET
+
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # oracle.py, workers of the tests
+
+
+if INTERPRET:  # of the time of a test in the interpreter this is two thirds
+    from triton.runtime import interpreter
+
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    def call_device_function(function, *args, **kwargs):
+        """Triton replaces its language's functions at the launch, undoes that at its end, and does
+        it again at every call of a device function, for good: once for each module is the same."""
+        if function.fn.__module__ not in patched:
+            patched.add(function.fn.__module__)
+            patch_lang(function.fn)
+        try:
+            return function.rewrite()(*args, **kwargs)
+        except Exception as e:
+            raise interpreter.InterpreterError(repr(e)) from e
+
+    interpreter.InterpretedFunction.__call__ = call_device_function
 
 
 def pytest_collection_modifyitems(items):
