@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -271,7 +271,10 @@ def sweeps_figure(found: dict) -> Figure:
         for ax, label in ((left, "ms"), (right, "MiB beyond inputs")):
             if sweep["axis"] != "active":
                 ax.set_xscale("log", base=2)
+                ax.set_xticks(at[:: 2 if len(at) > 8 else 1])  # labels that do not touch
                 ax.set_yscale("log")
+                low, high = ax.get_ylim()
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1,)))
                 ax.yaxis.set_major_formatter(FuncFormatter(plain))
                 ax.yaxis.set_minor_formatter(NullFormatter())
             else:
