@@ -82,6 +82,12 @@ cudaError_t ring_kernel(const Device& device, RingKernel* out) {
   return cudaSuccess;
 }
 
+// Bytes a block reads before it leaves its place to the next: multiprocessors that are farther from
+// memory then get less to do. Without a gradient; more with one, where a block fills its
+// multiprocessor and nothing runs while one follows another. Over a list, whose length the host does
+// not know, only as many blocks as fit, since most might find nothing.
+constexpr int64_t kTake = 192 << 10;
+
 // *done = false: this device or this build has no ring for the shape.
 template <class T, bool CAPPED, class Op, bool CLUSTERED, class Shape>
 cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int cluster,
@@ -96,7 +102,12 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
   ring.keep = set.out && set.out->data == set.rows.data;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
-  const int clusters = int(std::min<int64_t>(k.clusters[cluster], set.rows.count));
+  const int64_t resident = k.clusters[cluster];
+  const int64_t take = Op::kGrad ? (CLUSTERED ? kTake << 2 : kTake << 1) : kTake;
+  const int64_t row = int64_t(ring.slice) * 16 * (Op::kRef ? 2 : 1);
+  const int64_t rows = std::max<int64_t>(1, (take + row / 2) / row);
+  const int64_t wanted = set.active.list ? 0 : (set.rows.count + rows - 1) / rows;
+  const int clusters = int(std::min(std::max(resident, wanted), set.rows.count));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(cluster), 1, 1};
