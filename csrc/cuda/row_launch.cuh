@@ -82,10 +82,10 @@ cudaError_t ring_kernel(const Device& device, RingKernel* out) {
   return cudaSuccess;
 }
 
-// Bytes a block reads before it leaves its place to the next: multiprocessors that are farther from
-// memory then get less to do. Without a gradient; more with one, where a block fills its
-// multiprocessor and nothing runs while one follows another. Over a list, whose length the host does
-// not know, only as many blocks as fit, since most might find nothing.
+// Bytes that a block of a plain read takes before it makes room for the next, so that
+// multiprocessors farther from memory get less to do. Not where a start costs more than that saves
+// (benchmarks/results/row_kernels.md): with a gradient, with a reference, over a list, whose length
+// the host does not know; there only as many blocks as fit walk over all rows.
 constexpr int64_t kTake = 192 << 10;
 
 // *done = false: this device or this build has no ring for the shape.
@@ -102,17 +102,17 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   ring.chunks = std::max(1, (ring.slice + Shape::kStage - 1) / Shape::kStage);
   ring.keep = set.out && set.out->data == set.rows.data;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
-  const int64_t resident = k.clusters[cluster];
-  const int64_t take = Op::kGrad ? (CLUSTERED ? kTake << 2 : kTake << 1) : kTake;
-  const int64_t row = int64_t(ring.slice) * 16 * (Op::kRef ? 2 : 1);
-  const int64_t rows = std::max<int64_t>(1, (take + row / 2) / row);
-  const int64_t wanted = set.active.list ? 0 : (set.rows.count + rows - 1) / rows;
-  const int clusters = int(std::min(std::max(resident, wanted), set.rows.count));
+  int64_t clusters = k.clusters[cluster];
+  if (!Op::kGrad && !Op::kRef && !set.active.list) {
+    const int64_t rows = std::max<int64_t>(1, (kTake + 8 * ring.slice) / (16 * ring.slice));
+    clusters = std::max(clusters, (set.rows.count + rows - 1) / rows);
+  }
+  clusters = std::min(clusters, set.rows.count);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(clusters * cluster);
+  config.gridDim = dim3(unsigned(clusters * cluster));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = Shape::kBytes;
   config.stream = stream;
