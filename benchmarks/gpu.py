@@ -117,7 +117,7 @@ def heading(about: dict, top: dict) -> str:
         f"said, cold L2, medians. Floors: bytes over the copy rate of this run, "
         f"{first['copy'] / 1e12:.2f} TB/s ({last['copy'] / 1e12:.2f} at its end; read alone "
         f"{first['read'] / 1e12:.2f}){product}; of the linear ops, the matrix products. "
-        f"Peers: {versions}.\n\n"
+        f"Peers: {versions}.{runs.remark(about)}\n\n"
     )
 
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
-    about, made = machine(seed), []
+    about, made, whole = machine(seed), [], []
 
     def save(top: dict, rows: list[measure.Row]) -> None:
         found = {"machine": about, "ceilings": top, "clocks": clocks.samples()}
@@ -155,14 +155,18 @@ def main(argv: list[str] | None = None) -> int:
         if made:
             spread = runs.spreads([*made, found])
             for r in rows:
-                r.spread = spread.get((r.op, r.shape, r.side, r.kind))
+                r.spread = spread.get(r.key)
+            # a run cut short leaves what it has not reached as the run before has it
+            reached = {r.key for r in rows}
+            rows = [*rows, *(r for r in whole if r.key not in reached)]
             found["rows"] = [r.as_dict() for r in rows]
+            found["earlier"] = [run["rows"] for run in made]
         save.path = runs.save(args.out, found, heading(about, top) + measure.table(rows))
         save.found = found
 
     with Clocks() as clocks:
         for _ in range(args.repeat):
-            rows = run(only, args.quick, measure.CudaTimer(), save)
+            rows = whole = run(only, args.quick, measure.CudaTimer(), save)
             made.append(save.found)
         top = save.found["ceilings"]
         if args.sweep:

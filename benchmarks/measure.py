@@ -85,6 +85,10 @@ class Row:
     spread: float | None = None  # between runs: longest median over the shortest, less 1
 
     @property
+    def key(self) -> tuple[str, ...]:
+        return self.op, self.shape, self.side, self.kind
+
+    @property
     def median(self) -> float:
         return quantile(self.samples, 0.5)
 

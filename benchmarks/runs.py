@@ -55,6 +55,11 @@ def stem(machine: dict) -> str:
     return f"{machine['date'][:10]}-{re.sub('[^a-z0-9]+', '-', name.lower())}"
 
 
+def remark(machine: dict) -> str:
+    """What whoever publishes a run has to say of it, written into its JSON by hand."""
+    return f" {machine['remark']}" if "remark" in machine else ""
+
+
 def save(folder: Path, found: dict, table: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem(found['machine'])}.json"

@@ -209,13 +209,16 @@ def test_klq_bench_on_the_cpu_ends_with_a_table_and_a_figure(tmp_path):
     assert path.with_name(f"{path.stem}-speed.png").exists()
 
 
-def test_the_gpu_command_twice_over_marks_what_moved(monkeypatch, tmp_path, capsys):
-    """All of `klq bench` on a GPU but the GPU: the second run takes twice as long."""
-    seconds = iter([1e-3] * 2 * 3 + [2e-3] * 2 * 3)
+def without_a_gpu(monkeypatch, seconds):
+    """`klq bench` on a GPU but the GPU: two groups of two sides, whose samples are `seconds`; after
+    the last somebody presses Ctrl-C."""
+    seconds = iter(seconds)
 
-    class Slower(Timer):
+    class Given(Timer):
         def sample(self, kind, run):
-            return next(seconds)
+            for x in seconds:
+                return x
+            raise KeyboardInterrupt
 
     def build(*shape, compiles):
         group = workloads.token_logprobs(*shape, device="cpu", compiles=compiles)
@@ -225,19 +228,38 @@ def test_the_gpu_command_twice_over_marks_what_moved(monkeypatch, tmp_path, caps
     about = {"date": "2026-01-02T03:04", "gpu": "NVIDIA H200", "torch": "2", "triton": "3"}
     about |= {"commit": "0" * 12, "peers": {"torch": "2"}}
     top = {"copy": 1e9, "read": 1e9, "matmul": 1e12, "card": {}}
-    monkeypatch.setattr(gpu, "WORKLOADS", (workloads.Workload("one", build, ((70, 33),)),))
+    monkeypatch.setattr(gpu, "WORKLOADS", (workloads.Workload("one", build, ((70, 33), (71, 33))),))
     monkeypatch.setattr(gpu, "machine", lambda seed: about)
     monkeypatch.setattr(gpu, "ceilings", lambda timer, rounds: top)
     monkeypatch.setattr(gpu, "Clocks", lambda: clocks.Clocks(("printf", "1, 2, 3, 4\\n")))
-    monkeypatch.setattr(measure, "CudaTimer", Slower)
+    monkeypatch.setattr(measure, "CudaTimer", Given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "ROUNDS", 3)
+
+
+PASS = 2 * 2 * 3  # groups, sides, rounds
+
+
+def test_the_gpu_command_twice_over_marks_what_moved(monkeypatch, tmp_path, capsys):
+    """The second run takes twice as long."""
+    without_a_gpu(monkeypatch, [1e-3] * PASS + [2e-3] * PASS)
     assert bench(["--device", "cuda", "--repeat", "2", "--out", str(tmp_path)]) == 0
     made = runs.load(tmp_path / "2026-01-02-h200.json")
-    assert [r["spread"] for r in made["rows"]] == [1.0, 1.0]
-    assert set(made["clocks"]) == set(clocks.NAMES) and made["ceilings"]["last"] == top
+    assert [r["spread"] for r in made["rows"]] == [1.0] * 4
+    assert [r["median"] for r in made["rows"]] == [2e-3] * 4
+    assert [r["median"] for r in made["earlier"][0]] == [1e-3] * 4
+    assert set(made["clocks"]) == set(clocks.NAMES) and made["ceilings"]["last"]["copy"] == 1e9
     assert "**unstable**: ± 100%" in capsys.readouterr().out
     assert (tmp_path / "2026-01-02-h200-floor.png").exists()
+
+
+def test_a_second_run_cut_short_loses_nothing(monkeypatch, tmp_path):
+    without_a_gpu(monkeypatch, [1e-3] * PASS + [2e-3] * (PASS // 2))
+    with pytest.raises(KeyboardInterrupt):
+        bench(["--device", "cuda", "--repeat", "2", "--out", str(tmp_path)])
+    made = runs.load(tmp_path / "2026-01-02-h200.json")
+    assert [r["median"] for r in made["rows"]] == [2e-3] * 2 + [1e-3] * 2
+    assert [r.get("spread") for r in made["rows"]] == [1.0] * 2 + [None] * 2
 
 
 def test_klq_bench_without_a_checkout_says_what_to_do(monkeypatch, tmp_path, capsys):
