@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, cpu
 
 DEFAULT_CHUNK_BYTES = 512 << 20
 AMX_TILE = 32  # columns
@@ -35,12 +35,28 @@ def pitch(vocabulary: int, cuda: bool) -> int:
     return -(-vocabulary // tile) * tile
 
 
+def needs_space(x: Tensor) -> bool:
+    """Whether x [n, k] as a left factor wants zeros behind its rows: oneDNN's AMX product of
+    bfloat16 multiplies what follows a row, up to a whole tile, by 0; a NaN would stay one."""
+    return not x.is_cuda and x.dtype == torch.bfloat16 and x.shape[1] % AMX_TILE != 0
+
+
 def spaced(x: Tensor) -> Tensor:
-    """x [n, k] as a left factor: oneDNN's AMX product of bfloat16 multiplies what follows a row, up
-    to a whole tile, by 0; zeros have to lie there, for a NaN would stay one."""
-    if x.is_cuda or x.dtype != torch.bfloat16 or x.shape[1] % AMX_TILE == 0:
+    """x, or a copy with zeros behind its rows where a product needs them."""
+    if not needs_space(x):
         return x
     return torch.nn.functional.pad(x, (0, -x.shape[1] % AMX_TILE))[:, : x.shape[1]]
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of these 16-bit numbers; where it does not, their
+    product takes several times as long as one through float32."""
+    asked = {
+        torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    return any(getattr(cpu, name, lambda: False)() for name in asked[dtype])
 
 
 def chunks(

@@ -18,7 +18,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.cpu import _is_amx_tile_supported
 
 from klq_kernels import _checks as check
 from klq_kernels._dispatch import operator
@@ -30,6 +29,8 @@ from klq_kernels._linear_cut import (
     along_rows,
     chunks,
     copyable,
+    multiplies,
+    needs_space,
     own_hidden,
     pitch,
     spaced,
@@ -245,15 +246,18 @@ class Head:
             elif w.dtype in HALVES and w.is_cuda:
                 self.times_weight(dlogits, self.dhidden[part])
             else:
-                dense = dlogits.stride(0) == dlogits.shape[1]  # not of a buffer with zeros between
-                torch.mm(spaced(dlogits) if dense else dlogits, w, out=self.dhidden[part])
+                # in the buffer zeros lie between the rows; others are copied, some at a time
+                copied = needs_space(dlogits) and dlogits.stride(0) == dlogits.shape[1]
+                few = chunks(0, len(dlogits), w.shape[0] * w.itemsize, SLICE_BYTES)
+                for s in few if copied else [slice(None)]:
+                    x = spaced(dlogits[s]) if copied else dlogits
+                    torch.mm(x, w, out=self.dhidden[part][s])
         if self.need_weight:
             half = w.dtype in HALVES
             if first:
-                # the one chunk's product is rounded once, as if it had been summed in float32; a
-                # CPU without 16-bit products takes several times as long for one
-                quick = h.is_cuda or _is_amx_tile_supported()
-                alone = half and not wide and quick and part.stop == self.count
+                # the one chunk's product is rounded once, as if it had been summed in float32
+                alone = half and not wide and part.stop == self.count
+                alone = alone and (h.is_cuda or multiplies(h.dtype))
                 self.dweight = w.new_empty(w.shape, dtype=w.dtype if alone else check.wide(w))
             if self.ours:
                 operator("cuda", "linear_weight_")(self.dweight, dlogits, h, not first, None, None)

@@ -249,39 +249,43 @@ def peak():
 def now():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-tokens, width, vocabulary, chunk = 1024, 32, 50304, 16 << 20
+tokens, width, chunk = 1024, 32, 40 << 20
 
-def measure(what, dtype):
+def measure(what, dtype, vocabulary):
     h = torch.randn(tokens, width).to(dtype).requires_grad_()
     w = torch.randn(vocabulary, width).to(dtype).requires_grad_()
     a, x = torch.arange(tokens), torch.randn(tokens)
     how = {"chunk_bytes": chunk, "mask": torch.ones(tokens, dtype=torch.bool)}
+    if what == "loss of float32 logits":
+        how["logits_dtype"] = torch.float32
+    kept = -(-vocabulary // 32) * 32 * tokens * h.itemsize if what == "kept" else 0
     gc.collect()
     keep = torch.ones(max(0, peak() - now()) // 4 + 2**18)
     before = peak()
     if what == "stats":
         made = linear_token_stats(h, w, a, **how)[:2]
-    elif what == "logprobs":
-        out = linear_token_logprobs(h, w, a, **how)
+    elif what in ("logprobs", "kept"):
+        out = linear_token_logprobs(h, w, a, keep_bytes=kept, **how)
         made = [out, *torch.autograd.grad(out, (h, w), x)]
     else:
         out = linear_klq_loss(h, w, a, x, ref_logprobs=x, returns=x, tau=0.1, **how).loss
         made = [out, *torch.autograd.grad(out, (h, w))]
     beyond = peak() - before - sum(t.numel() * t.element_size() for t in made)
     wide = 4 * w.numel() if dtype == torch.bfloat16 and what != "stats" else 0
-    return (beyond - wide - chunk) / 2**20
+    return (beyond - wide - kept - chunk) / 2**20
 
 for dtype in (torch.float32, torch.bfloat16):
-    measure("logprobs", dtype)  # the BLAS library keeps buffers of its first products
-    for what in ("stats", "logprobs", "loss"):
-        print(what, dtype, measure(what, dtype))
+    measure("logprobs", dtype, 50304)  # the BLAS library keeps buffers of its first products
+    for vocabulary in (50304, 50257):
+        for what in ("stats", "logprobs", "kept", "loss", "loss of float32 logits"):
+            print(what, vocabulary, dtype, measure(what, dtype, vocabulary))
 """
 
 
 def test_memory_beyond_results_is_a_chunk_and_a_float32_dw():
-    """On the CPU, 16 MiB chunks of logits that are 98 or 196 MiB whole: at most 24 MiB beyond the
-    chunk and, for a 16-bit weight, its gradient in float32 (16 MiB are float32 copies by slices).
-    """
+    """On the CPU, 40 MiB chunks of logits that are 98 or 196 MiB whole: at most 24 MiB beyond the
+    chunk, what is kept and, for a 16-bit weight, its gradient in float32 (16 MiB are copies by
+    slices)."""
     lines = python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     seen = [line.rsplit(" ", 1) for line in lines.split("\n") if line]
-    assert len(seen) == 6 and not [x for x in seen if float(x[1]) > 24], seen
+    assert len(seen) == 20 and not [x for x in seen if float(x[1]) > 24], seen
