@@ -107,7 +107,8 @@ def run(only: list[str], quick: bool, timer, save) -> list[measure.Row]:
 
 def heading(about: dict, top: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["peers"].items() if v != "not installed")
-    first, last = top["first"], top.get("last", top["first"])
+    first, last = top["first"], top.get("last")
+    end = f"{last['copy'] / 1e12:.2f}" if last else "stopped before it was measured again"
     product = (
         f", bfloat16 product {first['matmul'] / 1e12:.0f} TFLOP/s" if "matmul" in first else ""
     )
@@ -115,9 +116,9 @@ def heading(about: dict, top: dict) -> str:
         f"{about['gpu']}, driver {first['card'].get('driver_version')}, torch {about['torch']}, "
         f"Triton {about['triton']}, {about['date']}, commit {about['commit']}. bfloat16 unless "
         f"said, cold L2, medians. Floors: bytes over the copy rate of this run, "
-        f"{first['copy'] / 1e12:.2f} TB/s ({last['copy'] / 1e12:.2f} at its end; read alone "
+        f"{first['copy'] / 1e12:.2f} TB/s (at its end: {end}; read alone "
         f"{first['read'] / 1e12:.2f}){product}; of the linear ops, the matrix products. "
-        f"Peers: {versions}.{runs.remark(about)}\n\n"
+        f"Peers: {versions}.\n\n"
     )
 
 
@@ -147,27 +148,28 @@ def main(argv: list[str] | None = None) -> int:
         )
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
-    about, made, whole = machine(seed), [], []
+    about, made = machine(seed), []
 
     def save(top: dict, rows: list[measure.Row]) -> None:
         found = {"machine": about, "ceilings": top, "clocks": clocks.samples()}
-        found["rows"] = [r.as_dict() for r in rows]
         if made:
-            spread = runs.spreads([*made, found])
+            spread = runs.spreads([*made, {**found, "rows": [r.as_dict() for r in rows]}])
             for r in rows:
-                r.spread = spread.get(r.key)
+                r.spread = spread.get(runs.key(vars(r)))
             # a run cut short leaves what it has not reached as the run before has it
-            reached = {r.key for r in rows}
-            rows = [*rows, *(r for r in whole if r.key not in reached)]
-            found["rows"] = [r.as_dict() for r in rows]
+            reached = {runs.key(vars(r)) for r in rows}
+            rows = rows + [r for r in save.rows if runs.key(vars(r)) not in reached]
             found["earlier"] = [run["rows"] for run in made]
+        found["rows"] = [r.as_dict() for r in rows]
         save.path = runs.save(args.out, found, heading(about, top) + measure.table(rows))
         save.found = found
 
     with Clocks() as clocks:
+        bad = []
         for _ in range(args.repeat):
-            rows = whole = run(only, args.quick, measure.CudaTimer(), save)
+            save.rows = rows = run(only, args.quick, measure.CudaTimer(), save)
             made.append(save.found)
+            bad += [r for r in rows if r.status in ("wrong", "failed") and measure.is_ours(r.side)]
         top = save.found["ceilings"]
         if args.sweep:
             ceilings_of = {**top["first"], "matmul bfloat16": top["first"]["matmul"]}
@@ -177,7 +179,6 @@ def main(argv: list[str] | None = None) -> int:
                 runs.save(args.out, save.found, heading(about, top) + measure.table(rows))
     drawn = figures.draw(save.found, save.path.with_suffix(""))
     print("", save.path.with_suffix(".md").read_text(), save.path, *drawn, sep="\n")
-    bad = [r for r in rows if r.status in ("wrong", "failed") and measure.is_ours(r.side)]
     return 1 if bad else 0
 
 

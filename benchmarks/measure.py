@@ -85,10 +85,6 @@ class Row:
     spread: float | None = None  # between runs: longest median over the shortest, less 1
 
     @property
-    def key(self) -> tuple[str, ...]:
-        return self.op, self.shape, self.side, self.kind
-
-    @property
     def median(self) -> float:
         return quantile(self.samples, 0.5)
 
@@ -132,8 +128,8 @@ def wrong(checks: dict[str, Check]) -> str | None:
 
 class CudaTimer:
     """CUDA events on the current stream. The L2 is flushed by reading 2 GiB three times: clean
-    lines, and 1.5 ms (H200) in which the host launches what follows. After one reading the slower
-    host of an H100 showed in the time of some calls, twice as long as what the device took."""
+    lines, and 1.5 ms (H200) in which the host launches what follows. After one reading some calls
+    took twice the device's time on an H100, because the host was late."""
 
     def __init__(self):
         self.flush = torch.ones(512 << 20, device="cuda")

@@ -22,6 +22,7 @@ from benchmarks.measure import UNSTABLE, is_ours
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"cuda": UNSTABLE, "cpu": 0.15}
+KEY = ("op", "shape", "side", "kind")
 NAIVE = ("eager", "eager float32", "eager loop", "reference")
 
 
@@ -55,11 +56,6 @@ def stem(machine: dict) -> str:
     return f"{machine['date'][:10]}-{re.sub('[^a-z0-9]+', '-', name.lower())}"
 
 
-def remark(machine: dict) -> str:
-    """What whoever publishes a run has to say of it, written into its JSON by hand."""
-    return f" {machine['remark']}" if "remark" in machine else ""
-
-
 def save(folder: Path, found: dict, table: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem(found['machine'])}.json"
@@ -90,7 +86,7 @@ def line(cells) -> str:
 
 
 def key(row: dict) -> tuple[str, ...]:
-    return row["op"], row["shape"], row["side"], row["kind"]
+    return tuple(row[part] for part in KEY)
 
 
 def times(found: dict) -> dict[tuple, float]:

@@ -177,8 +177,7 @@ def gpu(path: Path) -> str:
         f"{about['date'][:10]}, commit {about['commit'][:7]}; bfloat16, cold L2, medians, all "
         f"sides interleaved on the same data. × is the time of one read (of a read and a write, "
         f"for the gradient) at the copy rate of the run, {copy:.2f} TB/s; below 1, reading alone "
-        f"is faster than copying.{runs.remark(about)} [Every row]({here}.md), [every "
-        f"sample]({here}.json)."
+        f"is faster than copying. [Every row]({here}.md), [every sample]({here}.json)."
     )
     figure = f'<img src="{here}-floor.png" width="800" alt="Time over floor, by op and shape">'
     scan = "Scans in a CUDA graph, inputs cold, float32, masked:"

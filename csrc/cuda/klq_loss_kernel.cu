@@ -8,6 +8,7 @@ namespace {
 template <bool GRAD>
 struct KLQLoss {
   static constexpr bool kGrad = GRAD, kRef = false, kMoments = false, kHeavy = false;
+  static constexpr bool kSpread = false;
   KLQLossArgs a;
   const int32_t* active;
   int64_t count;

@@ -14,6 +14,7 @@ namespace {
 template <bool REF>
 struct Targets {
   static constexpr bool kGrad = false, kRef = REF, kMoments = false, kHeavy = true;
+  static constexpr bool kSpread = false;
   TargetArgs a;
 
   struct Inputs {

@@ -82,10 +82,10 @@ cudaError_t ring_kernel(const Device& device, RingKernel* out) {
   return cudaSuccess;
 }
 
-// Bytes that a block of a plain read takes before it makes room for the next, so that
-// multiprocessors farther from memory get less to do. Not where a start costs more than that saves
-// (benchmarks/results/row_kernels.md): with a gradient, with a reference, over a list, whose length
-// the host does not know; there only as many blocks as fit walk over all rows.
+// Bytes that a block of log-probs alone takes before it makes room for the next, so that
+// multiprocessors farther from memory get less to do. For all else, and over a list, whose length
+// the host does not know, as many blocks as fit walk over all rows: a start costs more there than
+// that saves, or was not measured (benchmarks/results/row_kernels.md).
 constexpr int64_t kTake = 192 << 10;
 
 // *done = false: this device or this build has no ring for the shape.
@@ -103,8 +103,9 @@ cudaError_t launch_ring(const RowSet& set, const Scale& scale, const Op& op, int
   ring.keep = set.out && set.out->data == set.rows.data;
   if (Op::kGrad && ring.chunks > Shape::kStages) return cudaSuccess;
   int64_t clusters = k.clusters[cluster];
-  if (!Op::kGrad && !Op::kRef && !set.active.list) {
-    const int64_t rows = std::max<int64_t>(1, (kTake + 8 * ring.slice) / (16 * ring.slice));
+  if (Op::kSpread && !set.active.list) {
+    const int64_t bytes = 16 * int64_t(ring.slice);
+    const int64_t rows = std::max<int64_t>(1, (kTake + bytes / 2) / bytes);
     clusters = std::max(clusters, (set.rows.count + rows - 1) / rows);
   }
   clusters = std::min(clusters, set.rows.count);

@@ -2,7 +2,7 @@
 // One read (and, with a gradient, one write) of every row of logits, on Hopper and later: a row
 // stays in shared memory between its sum and its gradient.
 //
-// Persistent clusters of 1 to 8 blocks walk over the rows; each block holds a slice of the row. The
+// Clusters of 1 to 8 blocks walk over the rows; each block holds a slice of the row. The
 // warps of a block have roles, and no role ever waits for another's latencies:
 //   - the producer keeps a ring of shared-memory stages full with bulk copies, across row borders,
 //     and looks up what a row needs (its action and other inputs), 32 rows at a time;

@@ -8,6 +8,7 @@ namespace klq::cuda {
 template <bool REF, bool MOMENTS>
 struct SumRows {
   static constexpr bool kGrad = false, kRef = REF, kMoments = MOMENTS, kHeavy = REF || MOMENTS;
+  static constexpr bool kSpread = !kHeavy;
   RowOutputs to;
   int64_t count;
 

@@ -169,27 +169,33 @@ MANY = [
 
 
 @each_backend
-@pytest.mark.parametrize("percent", [0, 1, 13, 100])
+@pytest.mark.parametrize("percent", [None, 0, 1, 13, 100])
 @pytest.mark.parametrize(("leading", "vocabulary", "dtype"), MANY)
 def test_more_rows_than_fit_at_once(backend, leading, vocabulary, dtype, percent):
     """6-case 52: rings and persistent loops go round, and 70 700 rows are more than a grid's second
-    dimension."""
+    dimension. None: no mask, so that no list of rows is walked."""
     for op in ("token_logprobs", "token_stats", "klq_loss", "klq_targets"):
         spec = SPECS[op]
         inputs = spec.inputs(DEVICE, dtype, leading=leading, vocabulary=vocabulary)
-        inputs["mask"] = torch.rand(leading, device=DEVICE) < percent / 100
+        inputs["mask"] = mask = (
+            None if percent is None else torch.rand(leading, device=DEVICE) < percent / 100
+        )
         if op == "klq_loss":
             away_from_q(inputs, spec.scalars)
-        inputs["logits"].masked_fill_(~inputs["mask"].unsqueeze(-1), torch.nan)
+        if mask is not None:
+            inputs["logits"].masked_fill_(~mask.unsqueeze(-1), torch.nan)
         check_slices(spec, inputs, backend, dtype, max(1, leading[0] // 8))
 
 
 @each_backend
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("op", ["token_logprobs", "token_stats", "klq_loss", "klq_targets"])
-def test_a_slice_has_the_bits_of_the_whole(backend, op):
+def test_a_slice_has_the_bits_of_the_whole(backend, op, masked):
     """6-cases 21, 66: a row's place in a ring that wraps shows in no bit."""
     spec = SPECS[op]
     inputs = spec.inputs(DEVICE, BF16, leading=(80, 100), vocabulary=9000)
+    if not masked:
+        inputs["mask"] = None
     whole = run(spec, inputs, backend)
     scanned = ("q", "advantages", "returns")
     for at in (slice(0, 1), slice(17, 19), slice(79, 80)):

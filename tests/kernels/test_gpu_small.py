@@ -43,6 +43,9 @@ ROWS = [
     Call("token_logprobs", BF16, leading=(90, 80), vocabulary=8200),
     Call("token_stats", BF16, "unmasked", leading=(90, 80), vocabulary=8200),
     Call("klq_targets", BF16, leading=(90, 80), vocabulary=8200),
+    # more blocks than fit at once, a dozen rows each
+    Call("token_logprobs", BF16, "unmasked", leading=(90, 80), vocabulary=8200),
+    Call("token_logprobs", F32, "unmasked", leading=(90, 80), vocabulary=4100),
     # a last chunk of fewer than 16 bytes
     *(Call(op, BF16, vocabulary=8193) for op in ROW_OPS),
     *(Call(op, F32, "unmasked", vocabulary=4097) for op in ROW_OPS),
