@@ -274,6 +274,7 @@ def sweeps_figure(found: dict) -> Figure:
                 ax.set_xticks(at[:: 2 if len(at) > 8 else 1])  # labels that do not touch
                 ax.set_yscale("log")
                 low, high = ax.get_ylim()
+                # a decade or two need labels between
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1,)))
                 ax.yaxis.set_major_formatter(FuncFormatter(plain))
                 ax.yaxis.set_minor_formatter(NullFormatter())

@@ -16,14 +16,15 @@ from klq_kernels._dispatch import INTERPRET
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # oracle.py, workers of the tests
 
 
-if INTERPRET:  # of the time of a test in the interpreter this is two thirds
+if INTERPRET:
     from triton.runtime import interpreter
 
     patch_lang, patched = interpreter._patch_lang, set()
 
     def call_device_function(function, *args, **kwargs):
-        """Triton replaces its language's functions at the launch, undoes that at its end, and does
-        it again at every call of a device function, for good: once for each module is the same."""
+        """A launch patches Triton's language and undoes that at its end. A device function patches
+        its module's again at every call, two thirds of the time of a test, and never undoes it: the
+        first call is enough."""
         if function.fn.__module__ not in patched:
             patched.add(function.fn.__module__)
             patch_lang(function.fn)
