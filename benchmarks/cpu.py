@@ -81,26 +81,23 @@ def run(only: list[str], quick: bool) -> tuple[list[dict], dict, int]:
     return [row(x) for x in found["benchmarks"]], ceilings, code
 
 
-def table(rows: list[dict], spread: dict[tuple, float]) -> str:
+def table(rows: list[dict]) -> str:
     """A line for each op and shape: the faster naive side beside the fused one."""
     heads = ("op", "shape", "naive ms", "klq ms", "×", "× paged", "rate", "× floor")
     heads += "extra MiB", "naive MiB", ""
     lines = [runs.line(heads), runs.line(["---"] * len(heads))]
     for fused in (r for r in rows if measure.is_ours(r["side"])):
-        same = [r for r in rows if (r["op"], r["shape"]) == (fused["op"], fused["shape"])]
-        naive = min((r for r in same if r["side"] in runs.NAIVE), key=lambda r: r["min"])
+        naive = runs.naive(fused, rows)
         rate = f"{fused['GB/s']:.3g} GB/s" if "GB/s" in fused else ""
         rate = f"{fused['TFLOP/s'] * 1e3:.3g} GFLOP/s" if "TFLOP/s" in fused else rate
         extra = [
             f"{r['extra_bytes'] / 2**20:.1f}" if r.get("extra_bytes") is not None else ""
             for r in (fused, naive)
         ]
-        moved = max((spread.get(runs.key(r), 0.0) for r in (fused, naive)), default=0.0)
-        note = f"**unstable**: ± {moved:.0%}" if moved > runs.LIMITS["cpu"] else ""
         times = (f"{r['min'] * 1e3:.4g}" for r in (naive, fused))
         ratios = (f"{fused[k]:.1f}" for k in ("x_naive", "x_naive_paged"))
         x = fused["op"], fused["shape"], *times, *ratios, rate, f"{fused['x_floor']:.2f}"
-        lines.append(runs.line((*x, *extra, note)))
+        lines.append(runs.line((*x, *extra, runs.unstable(fused, naive))))
     return "\n".join(lines) + "\n"
 
 
@@ -133,19 +130,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     only = [x for x in args.only.split(",") if x]
     if unknown := set(only) - set(SPECS):
-        parser.error(f"--only: unknown {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--only: unknown {', '.join(sorted(unknown))}; choose from {', '.join(SPECS)}"
+        )
     about, made, code = machine(), [], 0
     for _ in range(args.repeat):
         rows, ceilings, failed = run(only, args.quick)
         made.append({"machine": about, "ceilings": ceilings, "rows": rows})
         code = code or failed
-    found, spread = made[-1], runs.spreads(made)
-    if args.repeat > 1:
+    *earlier, found = made
+    if earlier:
+        spread = runs.spreads(made)
         for r in found["rows"]:
             r["spread"] = spread.get(runs.key(r))
+        found["earlier"] = [run["rows"] for run in earlier]
     if args.sweep:
         found["sweeps"] = list(sweeps.run("cpu", found["ceilings"], only))
-    text = heading(found) + table(found["rows"], spread)
+    text = heading(found) + table(found["rows"])
     path = runs.save(args.out, found, text)
     print("", text, path, *figures.draw(found, path.with_suffix("")), sep="\n")
     return 1 if code else 0

@@ -82,6 +82,18 @@ def line(cells) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def naive(fused: dict, rows: list[dict]) -> dict:
+    """The fastest naive row of the same op and shape, on a CPU."""
+    same = (r for r in rows if (r["op"], r["shape"]) == (fused["op"], fused["shape"]))
+    return min((r for r in same if r["side"] in NAIVE), key=lambda r: r["min"])
+
+
+def unstable(*rows: dict) -> str:
+    """What a table says of CPU rows whose minima differed between runs, if they did."""
+    moved = max(r.get("spread") or 0.0 for r in rows)
+    return f"**unstable**: ± {moved:.0%}" if moved > LIMITS["cpu"] else ""
+
+
 # --- two runs ----------------------------------------------------------------------------------
 
 

@@ -200,8 +200,8 @@ def cpu(path: Path) -> str:
         f"shortest eager PyTorch and our reference. Memory stays with the process between calls, "
         f"naive code's best case, or is paged in anew, as large blocks are by "
         f"default ([every op]({here}.md)):\n",
-        line(("", "naive ms", "klq C++ ms", "", "naive, paged", "klq C++, paged", "")),
-        line(["---"] * 7),
+        line(("", "naive ms", "klq C++ ms", "", "naive, paged", "klq C++, paged", "", "two runs")),
+        line(["---"] * 8),
     ]
     for op in CPU:
         mine = [r for r in rows if r["op"] == op and r["side"] == "cpp"]
@@ -212,7 +212,7 @@ def cpu(path: Path) -> str:
             for ratio, time in (("x_naive", "min"), ("x_naive_paged", "paged")):
                 cells += [number(r[ratio] * r[time] * 1e3), number(r[time] * 1e3)]
                 cells += [f"{number(r[ratio])} ×"]
-            out.append(line(cells))
+            out.append(line((*cells, runs.unstable(r, runs.naive(r, rows)))))
     return "\n".join(out) + "\n"
 
 

@@ -68,8 +68,9 @@ def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None
     held = [p for p in run_files(output_dir) if p.name != "config.json" and p.stat().st_size]
     if held and not (resume or overwrite):
         raise FileExistsError(
-            f"{output_dir} already holds a run ({held[0].name}): resume it (--resume), delete it "
-            "(--overwrite) or choose another output_dir"
+            f"{output_dir} already holds a run ({held[0].name}): resume it (--resume or "
+            "train(resume=True)), delete it (--overwrite or overwrite=True) or choose another "
+            "output_dir"
         )
 
 

@@ -210,11 +210,15 @@ def _function(where: str) -> Callable:
     source, _, name = where.rpartition(":")
     if source.endswith(".py"):
         path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"reward {where!r}: there is no file {source}")
         sys.path.insert(0, str(path.parent.resolve()))
         source = path.stem
     module = importlib.import_module(source) if source else None
-    if not callable(getattr(module, name, None)):
+    if module is None:
         raise ValueError(f"reward {where!r} is not module:function or file.py:function")
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"reward {where!r}: {source} has no function {name!r}")
     return getattr(module, name)
 
 

@@ -263,8 +263,10 @@ def test_the_heading_of_a_run_cut_short():
     about["peers"] = {"liger-kernel": "1", "quack-kernels": "not installed"}
     top = {"first": {"copy": 4.26e12, "read": 4.4e12, "card": {"driver_version": "580"}}}
     text = gpu.heading(about, top)
-    assert "driver 580" in text and "4.26 TB/s (4.26 at its end" in text
-    assert "liger-kernel 1.\n" in text
+    assert "driver 580" in text and "liger-kernel 1.\n" in text
+    assert "4.26 TB/s (at its end: stopped before it was measured again;" in text
+    top["last"] = {**top["first"], "copy": 4.2e12}
+    assert "4.26 TB/s (at its end: 4.20;" in gpu.heading(about, top)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,10 @@ def test_reward_that_raises_is_one_line_and_code_1(capsys, own):
     code, line = error_of(capsys, *argv(own, "broken"))
     assert code == 1 and "reward function broken raised TypeError" in line
     code, line = error_of(capsys, *argv(own, "missing"))
-    assert code == 2 and "is not module:function" in line
+    assert code == 2 and "has no function 'missing'" in line
+    for where, message in (("nofile.py:f", "no file nofile.py"), ("f", "is not module:function")):
+        code, line = error_of(capsys, *argv(own, "short"), "--reward", where)
+        assert code == 2 and message in line
 
 
 def test_yaml_file_holds_the_same_names(capsys, tmp_path, monkeypatch):

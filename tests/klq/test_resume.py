@@ -159,7 +159,9 @@ def test_case_80_sigkill_and_resume_from_the_command_line(tmp_path, where):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(flags(whole)) == 0
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, where, str(parts), *flags(parts)], capture_output=True
+        [sys.executable, "-c", KILLED, where, str(parts), *flags(parts)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many threads as here
+        capture_output=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [p.name for p in checkpoints(parts)] == ["checkpoint-000002"]
