@@ -11,10 +11,17 @@ KLQ_RACECHECK=1         CUDA kernels for compute-sanitizer's racecheck (csrc/cud
 import os
 from pathlib import Path
 
-import pybind11
-import torch
 from setuptools import setup
-from torch.utils import cpp_extension
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"klq: building it needs {missing.name}; first pip install torch pybind11 ninja, or leave "
+        "out --no-build-isolation"
+    ) from None
 
 ROOT = Path(__file__).parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # stable ABI: runs on torch 2.10 and later
