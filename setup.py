@@ -18,6 +18,8 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ModuleNotFoundError as missing:
+    if missing.name not in ("torch", "pybind11"):
+        raise
     raise SystemExit(
         f"klq: building it needs {missing.name}; first pip install torch pybind11 ninja, or leave "
         "out --no-build-isolation"

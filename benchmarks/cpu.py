@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"--only: unknown {', '.join(sorted(unknown))}; choose from {', '.join(SPECS)}"
         )
+    if args.repeat < 1:
+        parser.error("--repeat: at least 1")
     about, made, code = machine(), [], 0
     for _ in range(args.repeat):
         rows, ceilings, failed = run(only, args.quick)

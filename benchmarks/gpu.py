@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"--only: unknown {', '.join(sorted(unknown))}; choose from {', '.join(names)}"
         )
+    if args.repeat < 1:
+        parser.error("--repeat: at least 1")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     if klq.build_info().get("racecheck"):
@@ -151,17 +153,19 @@ def main(argv: list[str] | None = None) -> int:
     about, made = machine(seed), []
 
     def save(top: dict, rows: list[measure.Row]) -> None:
-        found = {"machine": about, "ceilings": top, "clocks": clocks.samples()}
+        found, left = {"machine": about, "ceilings": top, "clocks": clocks.samples()}, []
         if made:
             spread = runs.spreads([*made, {**found, "rows": [r.as_dict() for r in rows]}])
             for r in rows:
                 r.spread = spread.get(runs.key(vars(r)))
             # a run cut short leaves what it has not reached as the run before has it
             reached = {runs.key(vars(r)) for r in rows}
-            rows = rows + [r for r in save.rows if runs.key(vars(r)) not in reached]
+            left = [r for r in save.rows if runs.key(vars(r)) not in reached]
+            rows = rows + left
             found["earlier"] = [run["rows"] for run in made]
         found["rows"] = [r.as_dict() for r in rows]
-        save.path = runs.save(args.out, found, heading(about, top) + measure.table(rows))
+        note = f"From {left[0].op} {left[0].shape} on: of the run before.\n\n" if left else ""
+        save.path = runs.save(args.out, found, heading(about, top) + note + measure.table(rows))
         save.found = found
 
     with Clocks() as clocks:

@@ -177,7 +177,7 @@ def gpu(path: Path) -> str:
         f"{about['date'][:10]}, commit {about['commit'][:7]}; bfloat16, cold L2, medians, all "
         f"sides interleaved on the same data. × is the time of one read (of a read and a write, "
         f"for the gradient) at the copy rate of the run, {copy:.2f} TB/s; below 1, reading alone "
-        f"is faster than copying. [Every row]({here}.md), [every sample]({here}.json)."
+        f"is faster than copying. [Every row]({here}.md), [every sample of this run]({here}.json)."
     )
     figure = f'<img src="{here}-floor.png" width="800" alt="Time over floor, by op and shape">'
     scan = "Scans in a CUDA graph, inputs cold, float32, masked:"
@@ -199,8 +199,19 @@ def cpu(path: Path) -> str:
         f"{about['date'][:10]}, commit {about['commit'][:7]}; minima. Naive is the faster of the "
         f"shortest eager PyTorch and our reference. Memory stays with the process between calls, "
         f"naive code's best case, or is paged in anew, as large blocks are by "
-        f"default ([every op]({here}.md)):\n",
-        line(("", "naive ms", "klq C++ ms", "", "naive, paged", "klq C++, paged", "", "two runs")),
+        f"default ([every op]({here}.md)). Unstable: more than 15 % between two runs:\n",
+        line(
+            (
+                "",
+                "naive ms",
+                "klq C++ ms",
+                "",
+                "naive, paged",
+                "klq C++, paged",
+                "",
+                "unpaged, two runs",
+            )
+        ),
         line(["---"] * 8),
     ]
     for op in CPU:

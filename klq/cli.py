@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import json
 import platform
 import sys
@@ -212,10 +212,13 @@ def _function(where: str) -> Callable:
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"reward {where!r}: there is no file {source}")
-        sys.path.insert(0, str(path.parent.resolve()))
-        source = path.stem
-    module = importlib.import_module(source) if source else None
-    if module is None:
+        sys.path.insert(0, str(path.parent.resolve()))  # for what it imports from beside it
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif source:
+        module = importlib.import_module(source)
+    else:
         raise ValueError(f"reward {where!r} is not module:function or file.py:function")
     if not callable(getattr(module, name, None)):
         raise ValueError(f"reward {where!r}: {source} has no function {name!r}")

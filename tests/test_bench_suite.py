@@ -141,6 +141,8 @@ def test_rows_that_move_are_marked_unstable():
     assert "**unstable**: ± 8%" in text and "graph **unstable**: ± 20%" in text
     row.spread = scan.spread = 0.04
     assert "unstable" not in measure.table([row, scan])
+    calm, moved = {"spread": 0.14}, {"spread": 0.16}
+    assert not runs.unstable(calm, {}) and "± 16%" in runs.unstable(calm, moved)
 
 
 def test_a_planted_slow_down_of_20_per_cent_is_measured_and_caught():
@@ -206,6 +208,7 @@ def test_klq_bench_on_the_cpu_ends_with_a_table_and_a_figure(tmp_path):
         and mine["n"] == len(mine["samples"])
     )
     assert "| place_scores | 64×1024 float32 |" in done.stdout
+    assert [len(run) for run in made["earlier"]] == [len(made["rows"])]
     assert path.with_name(f"{path.stem}-speed.png").exists()
 
 
@@ -257,9 +260,11 @@ def test_a_second_run_cut_short_loses_nothing(monkeypatch, tmp_path):
     without_a_gpu(monkeypatch, [1e-3] * PASS + [2e-3] * (PASS // 2))
     with pytest.raises(KeyboardInterrupt):
         bench(["--device", "cuda", "--repeat", "2", "--out", str(tmp_path)])
-    made = runs.load(tmp_path / "2026-01-02-h200.json")
+    path = tmp_path / "2026-01-02-h200.json"
+    made = runs.load(path)
     assert [r["median"] for r in made["rows"]] == [2e-3] * 2 + [1e-3] * 2
     assert [r.get("spread") for r in made["rows"]] == [1.0] * 2 + [None] * 2
+    assert "From token_logprobs 71×33 on: of the run before." in path.with_suffix(".md").read_text()
 
 
 def test_klq_bench_without_a_checkout_says_what_to_do(monkeypatch, tmp_path, capsys):

@@ -103,12 +103,17 @@ def test_own_model_data_and_reward_without_a_line_of_code(own):
     assert (out / "checkpoint-000002" / "tokenizer.json").exists()
 
 
-def test_reward_that_raises_is_one_line_and_code_1(capsys, own):
+def test_reward_that_raises_is_one_line_and_code_1(capsys, own, tmp_path):
     code, line = error_of(capsys, *argv(own, "broken"))
     assert code == 1 and "reward function broken raised TypeError" in line
     code, line = error_of(capsys, *argv(own, "missing"))
     assert code == 2 and "has no function 'missing'" in line
-    for where, message in (("nofile.py:f", "no file nofile.py"), ("f", "is not module:function")):
+    (tmp_path / "math.py").write_text("def f(completions, **columns): raise OSError('mine')\n")
+    for where, message in (
+        ("nofile.py:f", "no file nofile.py"),
+        ("f", "is not module:function"),
+        (f"{tmp_path / 'math.py'}:g", "math.py has no function 'g'"),
+    ):
         code, line = error_of(capsys, *argv(own, "short"), "--reward", where)
         assert code == 2 and message in line
 
