@@ -22,7 +22,6 @@ from benchmarks.measure import UNSTABLE, is_ours
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"cuda": UNSTABLE, "cpu": 0.15}
-KEY = ("op", "shape", "side", "kind")
 NAIVE = ("eager", "eager float32", "eager loop", "reference")
 
 
@@ -98,7 +97,7 @@ def unstable(*rows: dict) -> str:
 
 
 def key(row: dict) -> tuple[str, ...]:
-    return tuple(row[part] for part in KEY)
+    return row["op"], row["shape"], row["side"], row["kind"]
 
 
 def times(found: dict) -> dict[tuple, float]:

@@ -194,25 +194,16 @@ def cpu(path: Path) -> str:
     data = runs.load(path)
     about, rows = data["machine"], data["rows"]
     here = f"benchmarks/results/{path.stem}"
+    heads = ("", "naive ms", "klq C++ ms", "", "naive, paged", "klq C++, paged", "")
+    heads += ("unpaged, two runs",)
     out = [
         f"{about['cpu']}, {about['threads']} threads, torch {about['torch'].partition('+')[0]}, "
         f"{about['date'][:10]}, commit {about['commit'][:7]}; minima. Naive is the faster of the "
         f"shortest eager PyTorch and our reference. Memory stays with the process between calls, "
         f"naive code's best case, or is paged in anew, as large blocks are by "
         f"default ([every op]({here}.md)). Unstable: more than 15 % between two runs:\n",
-        line(
-            (
-                "",
-                "naive ms",
-                "klq C++ ms",
-                "",
-                "naive, paged",
-                "klq C++, paged",
-                "",
-                "unpaged, two runs",
-            )
-        ),
-        line(["---"] * 8),
+        line(heads),
+        line(["---"] * len(heads)),
     ]
     for op in CPU:
         mine = [r for r in rows if r["op"] == op and r["side"] == "cpp"]

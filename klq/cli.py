@@ -213,8 +213,9 @@ def _function(where: str) -> Callable:
         if not path.is_file():
             raise ValueError(f"reward {where!r}: there is no file {source}")
         sys.path.insert(0, str(path.parent.resolve()))  # for what it imports from beside it
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
+        # by its path: its name may be that of another module
+        spec = importlib.util.spec_from_file_location(f"reward file {path.resolve()}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     elif source:
         module = importlib.import_module(source)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the LM head's work is cut: chunks of tokens, tiles of products; and what the copy engine of
-our own products asks of memory."""
+"""How the LM head's work is cut: chunks of tokens, tiles of products; and what products ask of
+memory and of the processor."""
 
 import math
 from collections.abc import Iterator

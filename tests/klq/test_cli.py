@@ -108,7 +108,10 @@ def test_reward_that_raises_is_one_line_and_code_1(capsys, own, tmp_path):
     assert code == 1 and "reward function broken raised TypeError" in line
     code, line = error_of(capsys, *argv(own, "missing"))
     assert code == 2 and "has no function 'missing'" in line
-    (tmp_path / "math.py").write_text("def f(completions, **columns): raise OSError('mine')\n")
+    (tmp_path / "math.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Scale:\n    x: float = 1.0\n"
+    )
     for where, message in (
         ("nofile.py:f", "no file nofile.py"),
         ("f", "is not module:function"),
